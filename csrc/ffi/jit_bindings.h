@@ -1,0 +1,12 @@
+// Python's view of csrc/jit: compile, toolchain, devices; csrc/ffi/module.cc calls it once.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace dg::ffi {
+
+// Adds Error, set_nvrtc_locator, jit_compile, interleave, digest, toolchain and cuda_devices to
+// `m`.
+void BindJit(nanobind::module_& m);
+
+}  // namespace dg::ffi

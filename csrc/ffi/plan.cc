@@ -1,0 +1,54 @@
+#include "csrc/ffi/plan.h"
+
+#include <map>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "csrc/gemm/kernel_source.h"
+#include "csrc/gemm/select.h"
+#include "csrc/jit/cache.h"
+#include "csrc/jit/error.h"
+
+namespace dg::ffi {
+
+std::shared_ptr<const jit::Cubin> CompileGemm(const GemmProblem& problem,
+                                              const GemmConfig& config) {
+  jit::KernelSource source;
+  source.name = source.entry = KernelName(problem, config);
+  source.text = KernelText(problem, config);
+  for (const KernelFile& file : KernelFiles()) source.headers.push_back({file.name, file.text});
+  return jit::GetOrCompile(source);
+}
+
+jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config) {
+  // Never destroyed: the driver may be gone before static destructors run.
+  static auto* const mutex = new std::mutex;
+  static auto* const kernels = new std::map<std::string, jit::Kernel>;
+  const std::string name = KernelName(problem, config);
+  {
+    const std::lock_guard<std::mutex> lock(*mutex);
+    const auto found = kernels->find(name);
+    if (found != kernels->end()) return found->second;
+  }
+  // Compile outside the lock: other kernels need not wait.
+  std::shared_ptr<const jit::Cubin> cubin = CompileGemm(problem, config);
+  const std::lock_guard<std::mutex> lock(*mutex);
+  return kernels
+      ->try_emplace(name, std::move(cubin), config.smem().total_bytes(), config.threads(),
+                    config.cluster_size())
+      .first->second;
+}
+
+GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config) {
+  if (const std::string why = WhyUnsupported(problem); !why.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, why);
+  }
+  if (!config) return SelectConfig(problem);
+  if (const std::string why = WhyIllegal(problem, *config); !why.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "config: " + why);
+  }
+  return *config;
+}
+
+}  // namespace dg::ffi

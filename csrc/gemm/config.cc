@@ -1,0 +1,121 @@
+#include "csrc/gemm/config.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+namespace dg {
+namespace {
+
+// TMA boxes have at most 256 rows.
+constexpr int kMaxBoxRows = 256;
+
+// Accumulator registers per thread (running totals of all waves and one wgmma result) that leave
+// room for addresses and scales: 232 registers per thread beside a producer, 255 alone.
+constexpr int kMaxAccumulators = 192;
+
+constexpr int kMaxStages = 32;
+
+std::string Sentence(const std::string& name, int value, const std::string& rule) {
+  return name + " must be " + rule + ", got " + std::to_string(value);
+}
+
+}  // namespace
+
+bool operator==(const GemmConfig& a, const GemmConfig& b) {
+  return a.block_m == b.block_m && a.block_n == b.block_n && a.num_stages == b.num_stages &&
+         a.math_warpgroups == b.math_warpgroups && a.cluster_m == b.cluster_m &&
+         a.cluster_n == b.cluster_n && a.cluster_k == b.cluster_k && a.raster_m == b.raster_m;
+}
+
+std::string WhyUnsupported(const GemmProblem& problem) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  if (problem.m < 0 || problem.m > kMax - 65536) {
+    return "m must be between 0 and 2^31 - 65536, got " + std::to_string(problem.m);
+  }
+  if (problem.n <= 0 || problem.n % 8 != 0 || problem.n > kMax - 65536) {
+    return "n must be a positive multiple of 8, got " + std::to_string(problem.n);
+  }
+  if (problem.k <= 0 || problem.k % 16 != 0 || problem.k > kMax - 65536) {
+    return "k must be a positive multiple of 16, got " + std::to_string(problem.k);
+  }
+  if (problem.num_sms < 1) {
+    return "num_sms must be at least 1, got " + std::to_string(problem.num_sms);
+  }
+  return "";
+}
+
+std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
+  const int warpgroups = config.math_warpgroups;
+  if (config.block_m != 64 && config.block_m != 128 && config.block_m != 256) {
+    return Sentence("block_m", config.block_m, "64, 128 or 256");
+  }
+  if (warpgroups != 1 && warpgroups != 2) {
+    return Sentence("math_warpgroups", warpgroups, "1 or 2");
+  }
+  if (config.block_n < 16 || config.block_n > 256 || config.block_n % 8 != 0) {
+    return Sentence("block_n", config.block_n, "a multiple of 8 between 16 and 256");
+  }
+  const SmemLayout smem = config.smem();
+  if (config.block_n % (smem.splits_rows() ? 8 : 8 * warpgroups) != 0) {
+    return Sentence("block_n", config.block_n,
+                    "a multiple of 16 where two warpgroups split 64-row tiles by columns");
+  }
+  const int clusters[] = {config.cluster_m, config.cluster_n, config.cluster_k};
+  if (std::count(std::begin(clusters), std::end(clusters), 1) < 2) {
+    return "only one of cluster_m, cluster_n and cluster_k may be above 1";
+  }
+  if (config.cluster_m < 1 || config.cluster_m > 2) {
+    return Sentence("cluster_m", config.cluster_m, "1 or 2");
+  }
+  if (config.cluster_n < 1 || config.cluster_n > 2) {
+    return Sentence("cluster_n", config.cluster_n, "1 or 2");
+  }
+  if (config.cluster_k != 1 && config.cluster_k != 2 && config.cluster_k != 4) {
+    return Sentence("cluster_k", config.cluster_k, "1, 2 or 4");
+  }
+  if (config.cluster_size() > problem.num_sms) {
+    return "a cluster of " + std::to_string(config.cluster_size()) + " CTAs needs as many SMs, " +
+           "but num_sms is " + std::to_string(problem.num_sms);
+  }
+  if (config.block_n % (8 * config.cluster_m) != 0) {
+    return Sentence("block_n", config.block_n,
+                    "a multiple of 16 with cluster_m = 2: each CTA loads whole 8-row groups");
+  }
+  if (config.cluster_k > 1) {
+    if (smem.waves() > 1) return "cluster_k > 1 needs 64 rows per math warpgroup";
+    if (KBlocks(problem) < config.cluster_k) {
+      return Sentence("cluster_k", config.cluster_k,
+                      "at most the number of k-blocks (" + std::to_string(KBlocks(problem)) + ")");
+    }
+  }
+  const int accumulators = (smem.waves() + 1) * smem.warpgroup_n() / 2;
+  if (accumulators > kMaxAccumulators) {
+    return "a tile of " + std::to_string(config.block_m) + "x" + std::to_string(config.block_n) +
+           " needs " + std::to_string(accumulators) + " accumulator registers per thread of " +
+           std::to_string(warpgroups) + " math warpgroups, the limit is " +
+           std::to_string(kMaxAccumulators);
+  }
+  if (config.block_m > kMaxBoxRows || config.block_n > kMaxBoxRows) {
+    return "a TMA box has at most 256 rows";
+  }
+  if (config.num_stages < 2 || config.num_stages > kMaxStages) {
+    return Sentence("num_stages", config.num_stages, "between 2 and " + std::to_string(kMaxStages));
+  }
+  if (!smem.fits()) {
+    return Sentence("num_stages", config.num_stages,
+                    "small enough for the ring, and D's staging behind it, to fit into " +
+                        std::to_string(kMaxSmemBytes) + " bytes of shared memory");
+  }
+  if (config.raster_m < 1) return Sentence("raster_m", config.raster_m, "at least 1");
+  return "";
+}
+
+int GridSize(const GemmProblem& problem, const GemmConfig& config) {
+  const int64_t tiles = CeilDiv(problem.m, int64_t{config.block_m} * config.cluster_m) *
+                        CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
+  const int64_t clusters = std::min<int64_t>(tiles, problem.num_sms / config.cluster_size());
+  return static_cast<int>(clusters) * config.cluster_size();
+}
+
+}  // namespace dg

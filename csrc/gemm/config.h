@@ -1,0 +1,55 @@
+// GemmProblem and GemmConfig: what is multiplied, and how one kernel is specialised for it.
+// IsLegal is the one place that says which configurations exist; the selection (select.h), the
+// Python API and the launch code all ask it. No CUDA call, no environment.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "csrc/kernels/smem_layout.h"
+
+namespace dg {
+
+// D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use.
+struct GemmProblem {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  int num_sms;
+};
+
+// Tile, pipeline and cluster of one kernel. See csrc/kernels/gemm.cuh.
+struct GemmConfig {
+  int block_m;          // rows of D per tile: 64 per wave of a math warpgroup
+  int block_n;          // columns of D per tile
+  int num_stages;       // depth of the shared-memory ring, in k-blocks of 128
+  int math_warpgroups;  // warpgroups that multiply; they split rows, or columns of 64-row tiles
+  int cluster_m;        // CTAs along m that share B by TMA multicast
+  int cluster_n;        // CTAs along n that share A by TMA multicast
+  int cluster_k;        // CTAs that split k and add through distributed shared memory
+  int raster_m;         // tile rows (of clusters) per rasterisation swath
+
+  int cluster_size() const { return cluster_m * cluster_n * cluster_k; }
+  int threads() const { return kWarpgroupThreads * (1 + math_warpgroups); }
+  SmemLayout smem() const {
+    return {block_m, block_n, num_stages, math_warpgroups, cluster_k};
+  }
+};
+
+bool operator==(const GemmConfig& a, const GemmConfig& b);
+
+// Why `problem` can not be computed at all, in the user's terms; empty if it can.
+std::string WhyUnsupported(const GemmProblem& problem);
+
+// Why `config` is no kernel for `problem`; empty if it is.
+std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config);
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// k-blocks of 128, the last one possibly partial.
+inline int64_t KBlocks(const GemmProblem& problem) { return CeilDiv(problem.k, kBlockK); }
+
+// CTAs to launch: one per SM, in whole clusters, and none without a tile.
+int GridSize(const GemmProblem& problem, const GemmConfig& config);
+
+}  // namespace dg

@@ -1,0 +1,29 @@
+// The text of one specialised kernel: constants, the wgmma of its width, and csrc/kernels/gemm.cuh.
+// csrc/ffi hands it to the JIT.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "csrc/gemm/config.h"
+
+namespace dg {
+
+// A file of csrc/kernels, embedded in the extension when it was built.
+struct KernelFile {
+  std::string_view name;
+  std::string_view text;
+};
+
+// Every file that gemm.cuh includes, itself among them (generated: cmake/embed_kernels.cmake).
+const std::vector<KernelFile>& KernelFiles();
+
+// The kernel's name, also its symbol: what a profiler shows. For example
+// "dg_gemm_fp8_bf16_n2112_k7168_64x64_s12_w1_c1x1x4_r8".
+std::string KernelName(const GemmProblem& problem, const GemmConfig& config);
+
+// The translation unit that defines it: constants, the wgmma instruction, #include "gemm.cuh".
+std::string KernelText(const GemmProblem& problem, const GemmConfig& config);
+
+}  // namespace dg

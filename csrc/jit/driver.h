@@ -1,0 +1,63 @@
+// The CUDA driver, loaded at run time so that the extension imports where there is none.
+//
+// kernel.h launches through it, csrc/ffi encodes tensor maps and asks for occupancy. Driver API
+// 12.0 is the oldest that has every entry point.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace dg::jit {
+
+// Entry points of libcuda, each with the name and signature of the driver API.
+struct Driver {
+  decltype(&::cuInit) cuInit;
+  decltype(&::cuDriverGetVersion) cuDriverGetVersion;
+  decltype(&::cuGetErrorName) cuGetErrorName;
+  decltype(&::cuGetErrorString) cuGetErrorString;
+  decltype(&::cuDeviceGetCount) cuDeviceGetCount;
+  decltype(&::cuDeviceGet) cuDeviceGet;
+  decltype(&::cuDeviceGetName) cuDeviceGetName;
+  decltype(&::cuDeviceGetAttribute) cuDeviceGetAttribute;
+  decltype(&::cuDeviceTotalMem) cuDeviceTotalMem;
+  decltype(&::cuDevicePrimaryCtxRetain) cuDevicePrimaryCtxRetain;
+  decltype(&::cuDevicePrimaryCtxRelease) cuDevicePrimaryCtxRelease;
+  decltype(&::cuCtxPushCurrent) cuCtxPushCurrent;
+  decltype(&::cuCtxPopCurrent) cuCtxPopCurrent;
+  decltype(&::cuCtxGetDevice) cuCtxGetDevice;
+  decltype(&::cuLibraryLoadData) cuLibraryLoadData;
+  decltype(&::cuLibraryUnload) cuLibraryUnload;
+  decltype(&::cuLibraryGetKernel) cuLibraryGetKernel;
+  decltype(&::cuKernelGetFunction) cuKernelGetFunction;
+  decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
+  decltype(&::cuLaunchKernelEx) cuLaunchKernelEx;
+  decltype(&::cuOccupancyMaxActiveClusters) cuOccupancyMaxActiveClusters;
+  decltype(&::cuTensorMapEncodeTiled) cuTensorMapEncodeTiled;
+};
+
+// The loaded and initialised driver; throws Error when it is missing, too old or has no device. A
+// failure is tried again at the next call.
+const Driver& GetDriver();
+
+// Throws Error "<call>: <code's name> (<description>)" unless `result` is CUDA_SUCCESS.
+void Check(CUresult result, const char* call);
+
+// What the driver says about one GPU.
+struct Device {
+  std::string name;
+  int ordinal;
+  int major;  // Compute capability.
+  int minor;
+  int num_sms;
+  int l2_bytes;
+  std::size_t memory_bytes;
+  int driver_version;  // 1000 * major + 10 * minor of the CUDA version the driver supports.
+};
+
+// The GPUs of this process; empty when libcuda is absent or reports no device.
+std::vector<Device> ListDevices();
+
+}  // namespace dg::jit

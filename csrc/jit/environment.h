@@ -1,0 +1,34 @@
+// The DG_* environment variables, read once per process and nowhere else.
+//
+// A switch is on for any value but "" and "0". Paths may start with "~".
+#pragma once
+
+#include <string>
+
+namespace dg::jit {
+
+// What the user asked for through the environment.
+struct Environment {
+  // DG_CACHE_DIR, default ~/.jax_deepgemm; empty when there is neither the variable nor a home.
+  std::string cache_dir;
+  // DG_NVCC_COMPILER: path or name of an nvcc to use instead of NVRTC; empty means NVRTC.
+  std::string nvcc;
+  // Folder for NVCC's input and output files: TMPDIR, default /tmp.
+  std::string temp_dir;
+  // Whether the FFMA interleaver runs: kInterleaveByDefault (interleave.h) unless
+  // DG_DISABLE_FFMA_INTERLEAVE is set; "0" switches it on whatever the default.
+  bool interleave;
+  // DG_PTXAS_VERBOSE: print ptxas' resource report of every kernel that comes into use.
+  bool ptxas_verbose;
+  // DG_PRINT_REG_REUSE: print what the FFMA interleaver found and changed.
+  bool print_reg_reuse;
+  // DG_JIT_PRINT_NVCC_COMMAND: print NVCC's command line, or NVRTC's options.
+  bool print_command;
+  // DG_JIT_DEBUG: print every cache decision and compile.
+  bool debug;
+};
+
+// The environment as it was at the first call.
+const Environment& GetEnvironment();
+
+}  // namespace dg::jit

@@ -1,0 +1,63 @@
+// A cubin made ready to launch: one library for the process, one preparation per device.
+//
+// csrc/ffi creates it from what cache.h returns, calls Prepare when XLA initialises an executable
+// on a device and Launch when it executes.
+#pragma once
+
+#include <cuda.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "csrc/jit/cubin.h"
+#include "csrc/jit/driver.h"
+
+namespace dg::jit {
+
+// A kernel with its launch shape.
+class Kernel {
+ public:
+  // `smem_bytes` is the dynamic shared memory per block, `threads` the block's size, `cluster_size`
+  // the blocks per cluster along x (1: no clusters). Touches no driver.
+  Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, int cluster_size);
+
+  // Unloads the library; no launch or captured graph may still need it.
+  ~Kernel();
+
+  Kernel(const Kernel&) = delete;
+  Kernel& operator=(const Kernel&) = delete;
+
+  // Loads the code on a device and raises its shared-memory limit, so that launches, graph capture
+  // included, load nothing. Idempotent and safe from many threads; one atomic load once prepared.
+  void Prepare(int device);
+
+  // Enqueues `grid` blocks on the stream, whose device must be prepared; `args` points to one
+  // pointer per kernel parameter. No allocation, no lock, no environment. Throws Error.
+  void Launch(CUstream stream, int grid, void** args) const;
+
+  // The handle, for cuOccupancyMaxActiveClusters; null before the first Prepare has returned.
+  CUkernel handle() const { return kernel_; }
+
+  // What was given to the constructor.
+  const Cubin& cubin() const { return *cubin_; }
+  int smem_bytes() const { return smem_bytes_; }
+  int threads() const { return threads_; }
+  int cluster_size() const { return cluster_size_; }
+
+ private:
+  const std::shared_ptr<const Cubin> cubin_;
+  const int smem_bytes_;
+  const int threads_;
+  const int cluster_size_;
+
+  std::mutex mutex_;  // Guards loading; never taken once a device is prepared.
+  // Written once, before the first bit of prepared_ is set.
+  const Driver* driver_ = nullptr;  // Kept, because GetDriver takes a lock.
+  CUlibrary library_ = nullptr;
+  CUkernel kernel_ = nullptr;
+  std::atomic<std::uint64_t> prepared_{0};  // Bit i: device i is prepared.
+};
+
+}  // namespace dg::jit

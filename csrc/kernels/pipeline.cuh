@@ -1,0 +1,65 @@
+// The ring of shared-memory stages between the producer and the math warpgroups.
+//
+// Each stage has two mbarriers. `full`: the producer announces the stage's bytes (1 arrival), TMA
+// delivers them. `empty`: every math warp arrives once it no longer reads the stage; with multicast
+// it arrives in each CTA of the cluster, because the peer's loads write here too.
+#pragma once
+
+namespace dg {
+
+// A position in the ring; both sides step through it in the same order.
+class RingPosition {
+ public:
+  __device__ int stage() const { return stage_; }
+  // Parity of the phase in which this stage becomes full on this pass; the slot is free for this
+  // pass once the phase before it (parity ^ 1) of `empty` has completed.
+  __device__ uint32_t parity() const { return parity_; }
+
+  __device__ void advance() {
+    if (++stage_ == config::kNumStages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+ private:
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// Shared-memory addresses, from the dynamic window's base and the common layout.
+struct Smem {
+  static constexpr SmemLayout kLayout = {config::kBlockM, config::kBlockN, config::kNumStages,
+                                         config::kMathWarpgroups, config::kClusterK};
+  uint32_t base;
+
+  __device__ uint32_t a(int stage) const {
+    return base + kLayout.a_offset() + stage * kLayout.a_bytes();
+  }
+  __device__ uint32_t b(int stage) const {
+    return base + kLayout.b_offset() + stage * kLayout.b_bytes();
+  }
+  __device__ uint32_t sfa(int stage) const {
+    return base + kLayout.sfa_offset() + stage * kLayout.sfa_bytes();
+  }
+  __device__ uint32_t d(int warpgroup) const {
+    return base + kLayout.d_offset() + warpgroup * kLayout.store_slots() * kLayout.slot_bytes();
+  }
+  __device__ uint32_t partial(int warpgroup, int slot) const {
+    return base + kLayout.partial_offset() +
+           (warpgroup * (config::kClusterK - 1) + slot) * kLayout.partial_bytes();
+  }
+  __device__ uint32_t full(int stage) const { return barrier(stage); }
+  __device__ uint32_t empty(int stage) const { return barrier(config::kNumStages + stage); }
+  __device__ uint32_t partials_full(int warpgroup) const {
+    return barrier(2 * config::kNumStages + warpgroup);
+  }
+  __device__ uint32_t partials_empty(int warpgroup) const {
+    return barrier(2 * config::kNumStages + config::kMathWarpgroups + warpgroup);
+  }
+
+ private:
+  __device__ uint32_t barrier(int index) const { return base + kLayout.barrier_offset() + 8 * index; }
+};
+
+}  // namespace dg

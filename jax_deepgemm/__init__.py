@@ -1,0 +1,35 @@
+"""FP8 matrix multiplication with fine-grained scales for JAX on NVIDIA Hopper."""
+
+from jax_deepgemm._version import __version__
+from jax_deepgemm.config import (
+    GemmConfig,
+    legal_configs,
+    select_config,
+    smem_bytes,
+)
+from jax_deepgemm.device import backend, get_num_sms, set_num_sms
+from jax_deepgemm.gemm import gemm_fp8_fp8_bf16_nt
+from jax_deepgemm.layout import (
+    get_col_major_tma_aligned_tensor,
+    get_m_alignment_for_contiguous_layout,
+    get_tma_aligned_size,
+)
+from jax_deepgemm.quantize import Quantized, quantize_per_block, quantize_per_token
+
+__all__ = [
+    "GemmConfig",
+    "Quantized",
+    "__version__",
+    "backend",
+    "gemm_fp8_fp8_bf16_nt",
+    "get_col_major_tma_aligned_tensor",
+    "get_m_alignment_for_contiguous_layout",
+    "get_num_sms",
+    "get_tma_aligned_size",
+    "legal_configs",
+    "quantize_per_block",
+    "quantize_per_token",
+    "select_config",
+    "set_num_sms",
+    "smem_bytes",
+]

@@ -1,0 +1,257 @@
+"""Time kernels with a cold, clean L2; writes, shows and compares results files."""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jax_deepgemm
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.cli import machine, tables, torch_baseline
+from jax_deepgemm.cli.compare import comparison_table, matching_times, yardstick
+from jax_deepgemm.cli.harness import Candidate, Row, is_good, measure
+from jax_deepgemm.cli.precompile import add_shapes_argument, given_shapes
+from jax_deepgemm.cli.problem import ORACLE, random_problem, random_problems
+from jax_deepgemm.cli.shapes import Shape, parse_count
+from jax_deepgemm.cli.timing import Flush, host_call_us
+
+BASELINES = ("torch", "xla", "none")
+HOST_SHAPE = Shape(64, 128, 128)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `bench`."""
+    add_shapes_argument(parser)
+    configs = parser.add_mutually_exclusive_group()
+    configs.add_argument(
+        "--config",
+        type=parse_config,
+        default={},
+        metavar="FIELD=VALUE,...",
+        help="fields of GemmConfig to use instead of the selected ones",
+    )
+    configs.add_argument(
+        "--sweep",
+        action="store_true",
+        help="time every legal config of every shape and report what selection loses (regret)",
+    )
+    parser.add_argument(
+        "--iterations", type=parse_count, default=20, help="timed calls of each kernel (20)"
+    )
+    parser.add_argument(
+        "--dirty-l2",
+        action="store_true",
+        help="flush by writing alone, as DeepGEMM's published tables do",
+    )
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=BASELINES,
+        default=["torch"],
+        help="time beside ours: torch = cuBLASLt FP8 through torch._scaled_mm where torch is "
+        "installed, xla = dequantise to bf16 and XLA's dot (default: torch)",
+    )
+    parser.add_argument(
+        "--output",
+        type=parse_output,
+        metavar="PATH",
+        help="results file, or a folder in which it is named after the GPU",
+    )
+    parser.add_argument(
+        "--results",
+        type=load_results,
+        metavar="FILE",
+        help="show (and compare) an earlier results file instead of measuring",
+    )
+    parser.add_argument(
+        "--compare",
+        type=load_results,
+        metavar="FILE",
+        help="results or yardstick file whose time_us or deepgemm_us to print ratios to; "
+        "deepgemm_us is also copied into the baselines",
+    )
+
+
+def parse_config(text: str) -> dict[str, int]:
+    """Parses `block_m=64,cluster_n=2`; an argparse `type`."""
+    fields = [field.name for field in dataclasses.fields(GemmConfig)]
+    values = {}
+    for word in text.split(","):
+        name, _, value = word.strip().partition("=")
+        if name not in fields or not value.isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not FIELD=VALUE with a field of GemmConfig ({', '.join(fields)})"
+            )
+        values[name] = int(value)
+    return values
+
+
+def parse_output(text: str) -> Path:
+    """Parses a path that can be written, before anything is measured; an argparse `type`."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def load_results(text: str) -> dict[str, Any]:
+    """Reads a results file; an argparse `type`."""
+    try:
+        document: dict[str, Any] = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return document
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `bench`."""
+    if args.results:
+        document = args.results
+    else:
+        gpu = machine.hopper_gpu()
+        if not gpu:
+            print(machine.why_no_gpu(), file=sys.stderr)
+            return 1
+        document = _benchmark(gpu, args)
+    lowering = f"cuda: {document['gpu']}"
+    tables.console.print(tables.results_table(document["rows"], lowering, "kernel us"))
+    tables.console.print(tables.baselines_table(document["rows"]))
+    if any("sweep" in row for row in document["rows"]):
+        tables.console.print(tables.sweep_table(document["rows"]))
+    tables.console.print(f"host cost of a jitted call, us: {document['host_call_us']}")
+    if args.compare:
+        if not matching_times(document["rows"], args.compare["rows"]):
+            print("The two results have no shape in common.", file=sys.stderr)
+            return 1
+        tables.console.print(comparison_table(document, args.compare))
+    return 0 if all(map(is_good, document["rows"])) else 1
+
+
+def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures everything, writing the results file as it grows."""
+    shapes = given_shapes(args)
+    flush = Flush(gpu, dirty_l2=args.dirty_l2)
+    state = {"before": machine.query_gpus()}
+    cublas = _torch_baselines(shapes, args) if "torch" in args.baselines else None
+    problems = random_problems(shapes, secrets.randbits(32))
+    document = {
+        "gpu": gpu.device_kind,
+        "driver": state["before"][0]["driver_version"] if state["before"] else "",
+        "cuda": machine.cuda_version(gpu),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": machine.commit(),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "method": f"GPU kernel time from JAX's profiler (CUPTI), median of {args.iterations} "
+        f"calls, spread_us its 10th and 90th percentile; before every call {flush.method}; "
+        f"operands are quantised normals; {ORACLE}",
+        "gpu_state": state,
+        "host_call_us": _host_call_us(),
+        "rows": [],
+    }
+    if cublas:
+        document["torch"] = cublas["torch"]
+    if args.compare:
+        document["compared_with"] = {
+            field: args.compare[field]
+            for field in ("gpu", "date", "method", "peers")
+            if field in args.compare
+        }
+    xla = "xla" in args.baselines
+    num_sms = jax_deepgemm.get_num_sms()
+    selected = [
+        Candidate(
+            problem,
+            dataclasses.replace(
+                jax_deepgemm.select_config(*problem.shape, num_sms=num_sms), **args.config
+            ),
+        )
+        for problem in problems
+    ]
+    batches = [[candidate] for candidate in selected] if args.sweep else [selected]
+    for batch in batches:
+        rows = measure(batch, flush, args.iterations, xla_baseline=xla)
+        if args.sweep:
+            _sweep(batch[0], rows[0], flush, args.iterations, num_sms)
+        for row in rows:
+            baselines = row.setdefault("baselines", {})
+            if cublas:
+                baselines |= cublas["rows"][shapes.index(_shape(row))]
+            if args.compare:
+                baselines |= yardstick(row, args.compare["rows"])
+        document["rows"] += rows
+        state["after"] = machine.query_gpus()
+        if args.output:
+            _write(document, args.output)
+    return document
+
+
+def _shape(row: Row) -> Shape:
+    return Shape(row["m_per_group"], row["n"], row["k"])
+
+
+def _sweep(selected: Candidate, row: Row, flush: Flush, iterations: int, num_sms: int) -> None:
+    """Times all legal configs of one problem; adds "sweep", "best_us" and "regret" to the row."""
+    problem = selected.problem
+    configs = jax_deepgemm.legal_configs(*problem.shape, num_sms=num_sms)
+    swept = measure([Candidate(problem, config) for config in configs], flush, iterations)
+    fields = ("config", "time_us", "error", "failed")
+    row["sweep"] = [{field: each[field] for field in fields if field in each} for each in swept]
+    good = [each["time_us"] for each in swept if is_good(each)]
+    if good and is_good(row):
+        # The selected config is timed twice; compare its time within the sweep's trace.
+        times = [each["time_us"] for each in swept if each["config"] == row["config"]]
+        row["best_us"] = min(good)
+        row["regret"] = round((times or [row["time_us"]])[0] / row["best_us"] - 1, 4)
+
+
+def _host_call_us() -> dict[str, float]:
+    problem = random_problem(HOST_SHAPE, 0)
+    m, n, k = HOST_SHAPE
+    bf16 = (jnp.ones((m, k), jnp.bfloat16), jnp.ones((k, n), jnp.bfloat16))
+    return {
+        "jax_deepgemm": round(
+            host_call_us(jax_deepgemm.gemm_fp8_fp8_bf16_nt, tuple(problem.lhs), tuple(problem.rhs)),
+            2,
+        ),
+        "xla_dot": round(host_call_us(jnp.matmul, *bf16), 2),
+    }
+
+
+def _torch_baselines(shapes: Sequence[Shape], args: argparse.Namespace) -> dict[str, Any]:
+    """Runs `torch_baseline.py` in a process of its own: CUPTI has one user per process."""
+    if importlib.util.find_spec("torch") is None:
+        reason = {"cublaslt_failed": "torch is not installed"}
+        return {"torch": {}, "rows": [reason] * len(shapes)}
+    request = {"shapes": shapes, "iterations": args.iterations, "dirty_l2": args.dirty_l2}
+    command = [sys.executable, str(torch_baseline.__file__), json.dumps(request)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = {"cublaslt_failed": result.stderr.strip()[-2000:]}
+        return {"torch": {}, "rows": [reason] * len(shapes)}
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+def _write(document: dict[str, Any], output: Path) -> None:
+    if output.is_dir():
+        output /= f"{gpu_file_stem(document['gpu'])}.json"
+    output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def gpu_file_stem(device_kind: str) -> str:
+    """`h100` for "NVIDIA H100 80GB HBM3"."""
+    match = re.search(r"\b[A-Z]{1,2}\d{2,4}\b", device_kind)
+    return (match[0] if match else device_kind.replace(" ", "_")).lower()

@@ -1,0 +1,130 @@
+"""Tables and progress bars of the command line."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.cli.problem import MAX_ERROR
+from jax_deepgemm.ffi import KernelReport
+
+# Tables are wider than the 80 columns that rich assumes of a pipe or a log file.
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr, so that stdout can be piped."""
+    return Progress(
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def tile_text(config: GemmConfig) -> str:
+    """Tile, warpgroups and cluster: `128x160, 2 wg, cluster 2x1x1` (m x n x k)."""
+    cluster = f"{config.cluster_m}x{config.cluster_n}x{config.cluster_k}"
+    suffix = "" if cluster == "1x1x1" else f", cluster {cluster}"
+    return f"{config.block_m}x{config.block_n}, {config.math_warpgroups} wg{suffix}"
+
+
+def results_table(rows: Sequence[dict[str, Any]], lowering: str, time_heading: str) -> Table:
+    """One line per result row (see `jax_deepgemm.cli.bench`); an empty config shows as a dash."""
+    table = Table(title=f"gemm_fp8_fp8_bf16_nt: {lowering}")
+    for heading in ("m", "n", "k"):
+        table.add_column(heading, justify="right")
+    table.add_column("lowering")
+    table.add_column("tile", no_wrap=True)
+    for heading in ("stages", time_heading, "TFLOP/s", "GB/s", "error"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        config = GemmConfig(**row["config"]) if row["config"] else None
+        shape = [str(row[key]) for key in ("m_per_group", "n", "k")]
+        platform = lowering.split(":")[0]
+        plan = [tile_text(config), str(config.num_stages)] if config else ["-", "-"]
+        if "failed" in row:
+            table.add_row(*shape, platform, *plan, f"[red]{row['failed'].splitlines()[0]}")
+            continue
+        error = f"{row['error']:.1e}"
+        table.add_row(
+            *shape,
+            platform,
+            *plan,
+            f"{row['time_us']:.2f}",
+            f"{row['tflops']:.4g}",
+            f"{row['gbs']:.4g}",
+            error if row["error"] <= MAX_ERROR else f"[red]{error}",
+        )
+    return table
+
+
+def kernels_table(reports: Sequence[tuple[int, int, GemmConfig, KernelReport]]) -> Table:
+    """Resources of compiled kernels: (n, k, config, report) each."""
+    table = Table(title="kernels for sm_90a")
+    table.add_column("n", justify="right")
+    table.add_column("k", justify="right")
+    table.add_column("tile", no_wrap=True)
+    headings = ("stages", "registers", "spill bytes", "stack bytes", "shared bytes")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    table.add_column("wgmma")
+    table.add_column("seconds", justify="right")
+    table.add_column("from")
+    for n, k, config, report in reports:
+        table.add_row(
+            str(n),
+            str(k),
+            tile_text(config),
+            str(config.num_stages),
+            str(report.registers),
+            *(f"[red]{size}" if size else "0" for size in (report.spill_bytes, report.stack_bytes)),
+            str(report.smem_bytes),
+            "[red]serialised" if report.wgmma_serialized else "async",
+            f"{report.compile_seconds:.2f}",
+            report.source,
+        )
+    return table
+
+
+def baselines_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Times of the baselines beside ours; a failure shows its reason."""
+    names = sorted({name for row in rows for name in row["baselines"]})
+    table = Table(title="baselines, us")
+    for heading in ("m", "n", "k", "ours", *(name.removesuffix("_us") for name in names)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        ours = f"{row['time_us']:.2f}" if "time_us" in row else "failed"
+        values = (str(row["baselines"].get(name, "")).strip() for name in names)
+        last_lines = (value.splitlines()[-1] if value else "" for value in values)
+        table.add_row(str(row["m_per_group"]), str(row["n"]), str(row["k"]), ours, *last_lines)
+    return table
+
+
+def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Per shape: how many configs ran, and what selection loses to the best of them."""
+    table = Table(title="sweep: selected against best config")
+    for heading in ("m", "n", "k", "ran", "failed", "selected us", "best us", "regret", "best"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        timed = [each for each in row["sweep"] if "failed" not in each]
+        shape = [str(row[key]) for key in ("m_per_group", "n", "k")]
+        counts = [str(len(timed)), str(len(row["sweep"]) - len(timed))]
+        if "regret" not in row:
+            table.add_row(*shape, *counts)
+            continue
+        best = next(each["config"] for each in timed if each["time_us"] == row["best_us"])
+        table.add_row(
+            *shape,
+            *counts,
+            f"{row['time_us']:.2f}",
+            f"{row['best_us']:.2f}",
+            f"{row['regret']:.1%}",
+            f"{tile_text(GemmConfig(**best))}, {best['num_stages']} stages",
+        )
+    return table

@@ -1,0 +1,200 @@
+"""Times: GPU kernels after a flush of the L2, by JAX's profiler; wall and host time."""
+
+import contextlib
+import itertools
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData, ProfileOptions
+
+GIGABYTE = 10**9
+
+# Where a profile keeps kernels. The device plane's other lines repeat them by module and by op.
+DEVICE_PLANE = "/device:GPU"
+STREAM_LINE = "Stream #"
+
+_call_numbers = itertools.count()
+
+
+class Call:
+    """A compiled call whose kernels can be told apart in a trace, by the name of its HLO module."""
+
+    def __init__(
+        self, function: Callable[..., jax.Array], *operands: Any, kernel_prefix: str = ""
+    ) -> None:
+        """Compiles `function(*operands)`.
+
+        Args:
+            function: jittable.
+            *operands: what it is called with.
+            kernel_prefix: only kernels whose name starts so are timed.
+        """
+
+        def call(*operands: Any) -> jax.Array:
+            return function(*operands)
+
+        call.__name__ = f"timed_call_{next(_call_numbers)}"
+        self.module = f"jit_{call.__name__}"
+        self.kernel_prefix = kernel_prefix
+        self._operands = operands
+        self._compiled = jax.jit(call).lower(*operands).compile()
+
+    def __call__(self) -> jax.Array:
+        """Dispatches the call; the result may not be ready."""
+        result: jax.Array = self._compiled(*self._operands)
+        return result
+
+
+class KernelEvent(NamedTuple):
+    """One kernel (or copy) on a GPU stream."""
+
+    name: str
+    module: str  # HLO module that launched it
+    start_ns: float
+    duration_ns: float
+
+
+class Flush:
+    """Empties the L2 before a timed call.
+
+    Writing gigabytes gives the GPU time to cool but leaves up to 50 MB of dirty lines, whose
+    write-back would compete with the timed kernel; reading another buffer afterwards leaves clean
+    lines, as streaming a model's other weights does.
+    """
+
+    def __init__(self, device: jax.Device, *, dirty_l2: bool) -> None:
+        """Allocates the buffers.
+
+        Args:
+            device: the GPU.
+            dirty_l2: leave the reading pass out.
+        """
+        memory_bytes = (device.memory_stats() or {}).get("bytes_limit", 0)
+        gigabytes = 8 if memory_bytes >= 32 * GIGABYTE else 4
+        self.method = f"the GPU writes {gigabytes} GB"
+        self._value = jnp.float32(1)
+        self._written = jnp.zeros(gigabytes * GIGABYTE // 4, jnp.float32)
+        # Donated, so that calls that are queued ahead share one buffer.
+        self._write = jax.jit(jnp.full_like, donate_argnums=0, keep_unused=True)
+        self._read = None
+        if not dirty_l2:
+            self.method += " and then reads another 1 GB"
+            self._unchanged = jnp.ones(GIGABYTE // 4, jnp.float32)  # 20 times the L2 of an H100
+            self._read = jax.jit(jnp.sum)
+
+    def __call__(self) -> None:
+        """Queues the passes. Separate calls, because XLA may reorder them within one."""
+        self._written = self._write(self._written, self._value)
+        if self._read:
+            self._read(self._unchanged)
+
+
+def kernel_times_us(
+    calls: Sequence[Call],
+    flush: Callable[[], None],
+    iterations: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Kernel time of every call, in one profiler trace.
+
+    Args:
+        calls: compiled calls that have run before and are idle.
+        flush: queued before each.
+        iterations: timed repetitions of each call.
+        advance: called after the repetitions of each call.
+
+    Returns:
+        For each call its `iterations` times in microseconds.
+    """
+    flush()  # compiles it
+    with _profiled() as profiles:
+        for call in calls:
+            for _ in range(iterations):
+                flush()
+                result = call()
+            result.block_until_ready()
+            advance()
+    events = kernel_events(profiles[0])
+    return [call_times_us(events, call, iterations) for call in calls]
+
+
+@contextlib.contextmanager
+def _profiled() -> Iterator[list[ProfileData]]:
+    """Traces its body; the list that it yields holds the profile afterwards."""
+    options = ProfileOptions()
+    options.python_tracer_level = 0  # slows every dispatch
+    options.enable_hlo_proto = False
+    profiles: list[ProfileData] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            yield profiles
+        (path,) = Path(folder).glob("plugins/profile/*/*.xplane.pb")
+        profiles.append(ProfileData.from_file(str(path)))
+
+
+def kernel_events(profile: ProfileData) -> list[KernelEvent]:
+    """Kernels of all GPUs in the order of their start."""
+    with warnings.catch_warnings():
+        # The type of `event.stats` has no __module__, which Python 3.12 and later complain about.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        events = [
+            KernelEvent(
+                event.name,
+                next((str(value) for key, value in event.stats if key == "hlo_module"), ""),
+                event.start_ns,
+                event.duration_ns,
+            )
+            for plane in profile.planes
+            if plane.name.startswith(DEVICE_PLANE)
+            for line in plane.lines
+            if line.name.startswith(STREAM_LINE)
+            for event in line.events
+        ]
+    return sorted(events, key=lambda event: event.start_ns)
+
+
+def call_times_us(events: Sequence[KernelEvent], call: Call, repetitions: int) -> list[float]:
+    """Time of each repetition of one call: the sum over its kernels, gaps left out."""
+    mine = [
+        event
+        for event in events
+        if event.module == call.module and event.name.startswith(call.kernel_prefix)
+    ]
+    per_call, rest = divmod(len(mine), repetitions)
+    if not per_call or rest:
+        seen = sorted({f"{event.module}:{event.name}" for event in events})
+        raise RuntimeError(
+            f"the trace has {len(mine)} kernels {call.kernel_prefix}* of {call.module} for "
+            f"{repetitions} calls; it holds {len(events)} kernels: {', '.join(seen[:20])}"
+        )
+    return [
+        sum(event.duration_ns for event in mine[i : i + per_call]) / 1e3
+        for i in range(0, len(mine), per_call)
+    ]
+
+
+def wall_times_us(call: Call, iterations: int) -> list[float]:
+    """Wall time of each call, result awaited."""
+    times = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        call().block_until_ready()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def host_call_us(function: Callable[..., jax.Array], *operands: Any, calls: int = 2000) -> float:
+    """What one jitted call costs the host: queue many, wait once, divide."""
+    jitted = jax.jit(function)
+    jitted(*operands).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = jitted(*operands)
+    result.block_until_ready()
+    return (time.perf_counter() - start) * 1e6 / calls

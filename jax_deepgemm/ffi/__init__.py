@@ -1,0 +1,114 @@
+"""The native extension: loaded, checked against the runtime, and registered with XLA.
+
+Importing this package loads neither CUDA nor a compiler; both are found when a GPU program is
+compiled.
+"""
+
+import dataclasses
+import pathlib
+import re
+from typing import TYPE_CHECKING
+
+import jax
+import jaxlib
+
+from jax_deepgemm.ffi import _native
+from jax_deepgemm.ffi.toolchain import ToolchainInfo, locate_nvrtc, toolchain
+
+if TYPE_CHECKING:
+    from jax_deepgemm.config import GemmConfig
+
+__all__ = ["KernelReport", "ToolchainInfo", "compile_kernel", "toolchain"]
+
+
+def _runtime_api_version() -> tuple[int, int]:
+    """The FFI API version of the installed jaxlib, from the header it ships."""
+    header = pathlib.Path(jaxlib.__file__).parent / "include/xla/ffi/api/c_api.h"
+    text = header.read_text()
+
+    def number(name: str) -> int:
+        match = re.search(rf"#define XLA_FFI_API_{name} (\d+)", text)
+        if match is None:
+            raise ImportError(f"jax_deepgemm: no XLA_FFI_API_{name} in {header}")
+        return int(match.group(1))
+
+    return number("MAJOR"), number("MINOR")
+
+
+def _check_api_version(built: tuple[int, int], runtime: tuple[int, int]) -> None:
+    """Raises ImportError if the extension's FFI API is newer than what jaxlib accepts."""
+    if built > runtime:
+        raise ImportError(
+            f"jax_deepgemm was built against XLA FFI API {built[0]}.{built[1]}, which jaxlib "
+            f"{jaxlib.__version__} (API {runtime[0]}.{runtime[1]}) does not accept: upgrade jaxlib "
+            "(pip install -U jax jaxlib) or reinstall jax_deepgemm with "
+            "`pip install --force-reinstall --no-cache-dir jax_deepgemm`"
+        )
+
+
+_check_api_version(_native.FFI_API_VERSION, _runtime_api_version())
+_native.set_nvrtc_locator(locate_nvrtc)
+# XLA wants a state's type before the handlers that use it. The platform is spelt "CUDA" here and
+# "cuda" in lowering rules.
+jax.ffi.register_ffi_type(_native.GEMM_STATE_TYPE, _native.gemm_state_type(), platform="CUDA")
+jax.ffi.register_ffi_target(_native.GEMM_TARGET, _native.gemm_handlers(), platform="CUDA")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelReport:
+    """What compiling one kernel gave.
+
+    Attributes:
+        name: the kernel's symbol, as profilers show it.
+        registers: per thread at entry, before warpgroups exchange registers.
+        spill_bytes: bytes per thread that ptxas spilled.
+        stack_bytes: bytes of local memory per thread.
+        smem_bytes: dynamic shared memory per CTA.
+        wgmma_serialized: ptxas could not keep wgmma asynchronous, or ignored setmaxnreg.
+        compile_seconds: wall time of the compile, 0 for a cache hit.
+        source: "compiled", "disk" or "memory".
+        log: the compiler's messages.
+        path: the cache file, "" if there is none.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    smem_bytes: int
+    wgmma_serialized: bool
+    compile_seconds: float
+    source: str
+    log: str
+    path: str
+
+
+def compile_kernel(n: int, k: int, config: "GemmConfig", *, num_sms: int = 132) -> KernelReport:
+    """Compiles the dense kernel for sm_90a through the JIT and its caches; needs no GPU.
+
+    Args:
+        n: rows of B; a compile-time constant of the kernel, as k is. One kernel serves every m.
+        k: columns of A and B.
+        config: see `GemmConfig`.
+        num_sms: SMs the kernel may use.
+
+    Raises:
+        RuntimeError: the configuration is illegal, or there is no compiler, or it failed; the
+            message has its log.
+    """
+    text, headers = _native.kernel_source(n, k, num_sms, config.fields)
+    name = _native.kernel_name(n, k, config.fields)
+    result = _native.jit_compile(name, name, text, headers)
+    resources = result["resources"]
+    return KernelReport(
+        name=name,
+        registers=resources["registers"],
+        spill_bytes=resources["spill_bytes"],
+        stack_bytes=resources["stack_bytes"],
+        smem_bytes=_native.smem_bytes(config.fields),
+        wgmma_serialized=resources["wgmma_serialized"],
+        compile_seconds=result["compile_seconds"],
+        source=result["origin"],
+        log=result["log"],
+        path=result["path"],
+    )

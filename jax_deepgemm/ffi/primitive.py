@@ -1,0 +1,105 @@
+"""Declares an operation of this package as a JAX primitive, in one call."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir, xla
+from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+
+Shape = tuple[int, ...]
+
+
+def declare(
+    name: str,
+    *,
+    target: str,
+    result: Callable[..., tuple[Shape, Any]],
+    attributes: Callable[..., Mapping[str, int]],
+    reference: Callable[..., jax.Array],
+    operand_layouts: Sequence[tuple[int, ...] | None],
+    prepare: Callable[..., Sequence[jax.Array]] = lambda *operands: operands,
+    batching_rule: Callable[..., tuple[jax.Array, int]] | None = None,
+) -> Callable[..., jax.Array]:
+    """Returns the function that binds a new primitive; operands are positional, parameters not.
+
+    Args:
+        name: the primitive's name, as jaxprs show it.
+        target: the CUDA custom-call target.
+        result: (*operand avals) -> shape and dtype of the result.
+        attributes: (*operand avals, **parameters) -> the target's integers, as one struct
+            "problem".
+        reference: (*operands) -> result in jax.numpy; the CPU lowering.
+        operand_layouts: for each operand None or the major-to-minor order the target reads.
+        prepare: (*operands) -> what the target takes in their place, in jax.numpy.
+        batching_rule: (bind, operands, batch axes, parameters) -> batched result and its axis.
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+
+    def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
+        shape, dtype = result(*operands)
+        mesh = get_abstract_mesh()
+        if mesh.empty:
+            return ShapedArray(shape, np.dtype(dtype))
+        # The result varies over every manual mesh axis that an operand varies over. A type that
+        # said less would make gradients wrong in silence.
+        return ShapedArray(
+            shape,
+            np.dtype(dtype),
+            sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
+            manual_axis_type=ManualAxisType(varying=_varying(operands)),
+        )
+
+    primitive.def_abstract_eval(abstract_eval)
+
+    def cpu(*operands: jax.Array, **_: Any) -> jax.Array:
+        return reference(*operands)
+
+    def cuda(*operands: jax.Array, **parameters: Any) -> jax.Array:
+        shape, dtype = result(*operands)
+        problem = {
+            # int64 whatever the caller's type: the target decodes exactly that.
+            key: np.int64(value)
+            for key, value in attributes(*operands, **parameters).items()
+        }
+        call = jax.ffi.ffi_call(
+            target, jax.ShapeDtypeStruct(shape, dtype), input_layouts=operand_layouts
+        )
+        return call(*prepare(*operands), problem=problem)
+
+    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(cuda, multiple_results=False), platform="cuda")
+
+    def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
+        # Operands that vary over fewer axes are cast here, outside the primitive, where the cast's
+        # transpose (a psum) belongs.
+        varying = _varying([jax.typeof(operand) for operand in operands])
+        cast = [_cast_to_varying(operand, varying) for operand in operands]
+        return primitive.bind(*cast, **parameters)
+
+    if batching_rule is not None:
+        rule = batching_rule
+
+        def batch(
+            operands: Sequence[jax.Array], axes: Sequence[int | None], **parameters: Any
+        ) -> tuple[jax.Array, int]:
+            return rule(bind, operands, axes, parameters)
+
+        batching.primitive_batchers[primitive] = batch
+
+    return bind
+
+
+def _varying(avals: Sequence[Any]) -> frozenset[str]:
+    """The manual mesh axes over which any of the operands varies."""
+    return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+
+
+def _cast_to_varying(operand: jax.Array, varying: frozenset[str]) -> jax.Array:
+    missing = varying - jax.typeof(operand).manual_axis_type.varying
+    return jax.lax.pcast(operand, tuple(sorted(missing)), to="varying") if missing else operand

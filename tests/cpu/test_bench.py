@@ -1,0 +1,351 @@
+"""The benchmark without a GPU: profile parsing, rows, sweep, results file, comparison.
+
+The harness runs here as it does on a GPU, with the CPU's part of the profile in the place of the
+GPU's: XLA names the HLO module of its CPU kernels too.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.profiler import ProfileData
+
+import jax_deepgemm
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.cli import bench, harness, machine, main, tables, timing
+from jax_deepgemm.cli.compare import geometric_mean, matching_times, row_time_us, yardstick
+from jax_deepgemm.cli.harness import Candidate, measure
+from jax_deepgemm.cli.problem import dequantize_dot, product_error, random_problem
+from jax_deepgemm.cli.shapes import Shape
+from jax_deepgemm.cli.timing import Call, call_times_us, host_call_us, kernel_events
+
+SHAPE = Shape(64, 256, 384)
+CONFIGS = [GemmConfig(64, block_n, 4) for block_n in (64, 128, 256)]
+WRONG, RAISING = CONFIGS[1], CONFIGS[2]
+
+GPU_PROFILE = """
+planes {
+  name: "/host:CPU"
+  lines { name: "Stream #1" events { metadata_id: 1 offset_ps: 0 duration_ps: 9000000 } }
+  event_metadata { key: 1 value { id: 1 name: "dg_on_the_host" } }
+}
+planes {
+  name: "/device:GPU:0"
+  lines { name: "XLA Modules" events { metadata_id: 1 offset_ps: 0 duration_ps: 9000000 } }
+  lines {
+    name: "Stream #14(Compute)"
+    timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 30000000 duration_ps: 3500000
+             stats { metadata_id: 1 str_value: "jit_gemm" } }
+    events { metadata_id: 2 offset_ps: 20000000 duration_ps: 800000
+             stats { metadata_id: 1 str_value: "jit_gemm" } }
+    events { metadata_id: 1 offset_ps: 10000000 duration_ps: 2500000
+             stats { metadata_id: 1 str_value: "jit_gemm" } }
+    events { metadata_id: 2 offset_ps: 0 duration_ps: 600000
+             stats { metadata_id: 1 str_value: "jit_gemm" } }
+    events { metadata_id: 3 offset_ps: 40000000 duration_ps: 90000000 }
+  }
+  event_metadata { key: 1 value { id: 1 name: "dg_gemm_64x128" } }
+  event_metadata { key: 2 value { id: 2 name: "transpose_fusion" } }
+  event_metadata { key: 3 value { id: 3 name: "MemcpyD2D" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_module" } }
+}
+"""
+
+
+class FakeCall:
+    """The part of `Call` that picks kernels out of a trace."""
+
+    def __init__(self, module: str, kernel_prefix: str) -> None:
+        self.module = module
+        self.kernel_prefix = kernel_prefix
+
+
+class NoFlush:
+    """A CPU has no L2 to flush."""
+
+    method = "nothing is flushed"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __call__(self) -> None: ...
+
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands in for the GPU; two of its "kernels" misbehave."""
+
+    def gemm(lhs: Any, rhs: Any, *, config: GemmConfig | None = None) -> jax.Array:
+        if config == RAISING:
+            raise ValueError("this config raises")
+        factor = 1.5 if config == WRONG else 1
+        return factor * dequantize_dot(lhs, rhs)
+
+    monkeypatch.setattr(timing, "DEVICE_PLANE", "/host:CPU")
+    monkeypatch.setattr(timing, "STREAM_LINE", "")
+    monkeypatch.setattr(harness, "KERNEL_PREFIX", "")
+    monkeypatch.setattr(harness, "gemm_fp8_fp8_bf16_nt", gemm)
+    # dequantize_dot rounds its operands to bf16.
+    monkeypatch.setattr(harness, "MAX_ERROR", 1e-4)
+    monkeypatch.setattr(bench, "Flush", NoFlush)
+    monkeypatch.setattr(machine, "hopper_gpu", lambda: jax.devices("cpu")[0])
+    monkeypatch.setattr(jax_deepgemm, "get_num_sms", lambda: 132)
+    monkeypatch.setattr(jax_deepgemm, "select_config", lambda *shape, num_sms: CONFIGS[0])
+    monkeypatch.setattr(jax_deepgemm, "legal_configs", lambda *shape, num_sms: CONFIGS)
+    monkeypatch.setattr(tables, "console", tables.Console(width=200))
+
+
+def dense(m: int, **fields: Any) -> dict[str, Any]:
+    return {"op": "dense", "groups": 1, "m_per_group": m, "n": 8, "k": 16, **fields}
+
+
+class TestProfile:
+    def test_stream_lines_of_the_gpu_in_time_order(self) -> None:
+        profile = ProfileData.from_text_proto(GPU_PROFILE)
+        events = kernel_events(profile)
+        names = ["transpose_fusion", "dg_gemm_64x128"] * 2 + ["MemcpyD2D"]
+        assert [event.name for event in events] == names
+        assert [event.duration_ns for event in events] == [600, 2500, 800, 3500, 90000]
+        assert [event.module for event in events] == ["jit_gemm"] * 4 + [""]
+
+    @pytest.mark.parametrize("prefix, times", [("dg_", [2.5, 3.5]), ("", [3.1, 4.3])])
+    def test_times_of_a_call(self, prefix: str, times: list[float]) -> None:
+        events = kernel_events(ProfileData.from_text_proto(GPU_PROFILE))
+        call: Any = FakeCall("jit_gemm", prefix)
+        assert call_times_us(events, call, 2) == pytest.approx(times)
+
+    @pytest.mark.parametrize("module, repetitions", [("jit_gemm", 3), ("jit_other", 2)])
+    def test_kernels_that_do_not_add_up_raise(self, module: str, repetitions: int) -> None:
+        events = kernel_events(ProfileData.from_text_proto(GPU_PROFILE))
+        call: Any = FakeCall(module, "dg_")
+        with pytest.raises(RuntimeError, match=f"kernels dg_\\* of {module}.*jit_gemm:dg_gemm"):
+            call_times_us(events, call, repetitions)
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_each_call_finds_its_own_kernels(self) -> None:
+        small, large = (Call(jnp.matmul, x, x) for x in (jnp.ones((8, 8)), jnp.ones((900, 900))))
+        times = timing.kernel_times_us([large, small, large], lambda: None, 5)
+        assert [len(each) for each in times] == [5, 5, 5]
+        assert statistics.median(times[0]) > statistics.median(times[1]) > 0
+
+
+class TestFlush:
+    @pytest.mark.parametrize("dirty_l2", [False, True])
+    def test_writes_one_buffer_in_place(
+        self, dirty_l2: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(timing, "GIGABYTE", 4000)
+        flush = timing.Flush(jax.devices("cpu")[0], dirty_l2=dirty_l2)
+        assert ("then reads" in flush.method) is not dirty_l2
+        address = flush._written.unsafe_buffer_pointer()
+        flush()
+        assert flush._written.unsafe_buffer_pointer() == address
+        assert flush._written.min() == 1
+
+
+class TestMeasure:
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_rows(self) -> None:
+        problem = random_problem(SHAPE, 0)
+        candidates = [Candidate(problem, config) for config in (RAISING, *CONFIGS[:2])]
+        raising, right, wrong = measure(candidates, NoFlush(), 4, xla_baseline=True)  # type: ignore[arg-type]
+
+        assert raising["failed"] == "this config raises" and "time_us" not in raising
+        assert not harness.is_good(raising)
+        assert right["error"] < 1e-4 < wrong["error"]
+        assert harness.is_good(right) and not harness.is_good(wrong)
+
+        assert (right["m_per_group"], right["n"], right["k"]) == SHAPE
+        assert right["config"]["block_n"] == 64 and wrong["config"]["block_n"] == 128
+        low, high = right["spread_us"]
+        assert 0 < low <= right["time_us"] <= high
+        seconds = right["time_us"] * 1e-6
+        assert right["tflops"] == pytest.approx(SHAPE.flops / seconds / 1e12, rel=0.05, abs=1e-3)
+        assert right["gbs"] == pytest.approx(SHAPE.nbytes / seconds / 1e9, rel=0.05, abs=1e-3)
+        for row in (raising, right, wrong):
+            assert row["baselines"]["xla_dequantize_dot_us"] > 0
+
+    def test_baseline_computes_the_product(self) -> None:
+        problem = random_problem(Shape(64, 264, 400), 0)
+        d = dequantize_dot(problem.lhs, problem.rhs)
+        assert product_error(d, problem) < 1e-4
+
+    def test_host_cost_counts_every_call(self) -> None:
+        assert 0.1 < host_call_us(jnp.add, jnp.ones(8), jnp.ones(8), calls=200) < 10_000
+
+
+class TestCommand:
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_results_file(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        peers = {"gpu": "other", "date": "then", "rows": [dense(64, deepgemm_us=1.0)]}
+        peers["rows"][0] |= {"n": SHAPE.n, "k": SHAPE.k}
+        (tmp_path / "peers.json").write_text(json.dumps(peers))
+        status = main(
+            [
+                *("bench", "--shapes", f"{SHAPE},128x256x384", "--iterations", "3"),
+                *("--output", str(tmp_path), "--baselines", "xla"),
+                *("--compare", str(tmp_path / "peers.json")),
+            ]
+        )
+        assert status == 0
+        (path,) = set(tmp_path.glob("*.json")) - {tmp_path / "peers.json"}
+        document = json.loads(path.read_text())
+        expected = "gpu driver cuda jax date commit command method gpu_state host_call_us rows"
+        assert set(expected.split()) <= set(document)
+        assert set(document["host_call_us"]) == {"jax_deepgemm", "xla_dot"}
+        assert "median of 3 calls" in document["method"]
+        first, second = document["rows"]
+        assert first["baselines"]["deepgemm_us"] == 1.0
+        assert set(second["baselines"]) == {"xla_dequantize_dot_us"}
+        output = capsys.readouterr().out
+        assert "geometric mean" in output and f"{first['time_us']:.3f}" in output
+
+        arguments = ["bench", "--results", str(path), "--compare", str(path)]
+        assert main(arguments) == 0
+        assert "1.000" in capsys.readouterr().out
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_sweep(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        output = tmp_path / "sweep.json"
+        arguments = ["bench", "--sweep", "--baselines", "none", "--output", str(output)]
+        assert main([*arguments, "--shapes", str(SHAPE), "--iterations", "3"]) == 0
+        (row,) = json.loads(output.read_text())["rows"]
+        assert [each["config"]["block_n"] for each in row["sweep"]] == [64, 128, 256]
+        assert row["sweep"][2]["failed"] == "this config raises"
+        assert row["best_us"] == row["sweep"][0]["time_us"], "a wrong config is never the best"
+        assert row["regret"] == 0
+        assert "regret" in capsys.readouterr().out
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    @pytest.mark.parametrize("config, status", [("block_n=128", 1), ("block_n=256", 1), ("", 0)])
+    def test_explicit_config(self, config: str, status: int) -> None:
+        arguments = ["bench", "--shapes", str(SHAPE), "--iterations", "2", "--baselines", "none"]
+        assert main([*arguments, "--config", config] if config else arguments) == status
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_torch_that_is_missing_or_fails_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    ) -> None:
+        arguments = argparse.Namespace(iterations=2, dirty_l2=False)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        answer = bench._torch_baselines([SHAPE, SHAPE], arguments)
+        assert answer["rows"] == [{"cublaslt_failed": "torch is not installed"}] * 2
+
+        (tmp_path / "crash.py").write_text("raise SystemExit('no CUDA here')")
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
+        monkeypatch.setattr(bench.torch_baseline, "__file__", str(tmp_path / "crash.py"))
+        answer = bench._torch_baselines([SHAPE], arguments)
+        assert answer["rows"] == [{"cublaslt_failed": "no CUDA here"}]
+
+    def test_without_a_gpu(self) -> None:
+        root = pathlib.Path(__file__).parents[2]
+        package_root = str(pathlib.Path(jax_deepgemm.__file__).parents[1])
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": package_root}
+        for command in (["-m", "jax_deepgemm", "bench"], ["benchmarks/run.py"]):
+            done = subprocess.run(
+                [sys.executable, *command],
+                capture_output=True,
+                text=True,
+                cwd=root,
+                env=environment,
+            )
+            assert done.returncode == 1
+            assert "need an sm_90 GPU" in done.stderr and len(done.stderr.splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--config", "block_q=64"], "'block_q=64' is not FIELD=VALUE"),
+            (["--config", "block_m"], "'block_m' is not FIELD=VALUE"),
+            (["--config", "block_m=64", "--sweep"], "not allowed with"),
+            (["--compare", "/nowhere.json"], "/nowhere.json: [Errno 2]"),
+            (["--output", "/nowhere/results.json"], "there is no folder /nowhere"),
+            (["--iterations", "0"], "'0' is not a positive number"),
+        ],
+    )
+    def test_malformed_arguments(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", *arguments])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+    def test_config(self) -> None:
+        assert bench.parse_config("block_m=64, cluster_n=2") == {"block_m": 64, "cluster_n": 2}
+
+    @pytest.mark.parametrize(
+        "kind, stem", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("cpu", "cpu")]
+    )
+    def test_file_is_named_after_the_gpu(self, kind: str, stem: str) -> None:
+        assert bench.gpu_file_stem(kind) == stem
+
+
+class TestCompare:
+    def test_geometric_mean(self) -> None:
+        assert geometric_mean([0.5, 2.0]) == pytest.approx(1)
+        assert geometric_mean([2.0, 4.0, 8.0]) == pytest.approx(4)
+
+    def test_rows_match_by_what_they_measure(self) -> None:
+        ours = [dense(1, time_us=3.0), dense(2, time_us=4.0), dense(8, failed="x")]
+        theirs = [
+            dense(2, deepgemm_us=2.0),
+            dense(1, time_us=1.0) | {"op": "masked"},
+            dense(8, deepgemm_us=1.0),
+        ]
+        key = ("dense", 1, 2, 8, 16)
+        assert matching_times(ours, theirs) == [(key, 4.0, 2.0)]
+
+    def test_time_comes_before_a_peers(self) -> None:
+        assert row_time_us(dense(1, time_us=3.0, deepgemm_us=2.0)) == 3.0
+        assert row_time_us(dense(1, deepgemm_us=2.0)) == 2.0
+        assert row_time_us(dense(1, failed="x")) is None
+
+    def test_yardstick(self) -> None:
+        theirs = [dense(1, time_us=1.0), dense(2, deepgemm_us=2.0)]
+        assert yardstick(dense(2), theirs) == {"deepgemm_us": 2.0}
+        assert yardstick(dense(1), theirs) == {}
+
+    def test_nothing_in_common(
+        self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        rows = [dense(m, time_us=1.0, tflops=1.0, gbs=1.0, error=0.0) for m in (1, 2)]
+        for name, row in zip("ab", rows, strict=True):
+            row |= {"config": {}, "baselines": {}}
+            document = {"gpu": "g", "date": "d", "host_call_us": {}, "rows": [row]}
+            (tmp_path / name).write_text(json.dumps(document))
+        arguments = ["--results", str(tmp_path / "a"), "--compare", str(tmp_path / "b")]
+        assert main(["bench", *arguments]) == 1
+        assert "no shape in common" in capsys.readouterr().err
+
+
+class TestMachine:
+    def test_cuda_version(self) -> None:
+        class Device:
+            class client:
+                platform_version = "PJRT C API\ncuda 13000"
+
+        device: Any = Device()
+        assert machine.cuda_version(device) == "13.0"
+        assert machine.cuda_version(jax.devices("cpu")[0]) == ""
+
+    def test_gpus_come_from_nvidia_smi(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    ) -> None:
+        script = tmp_path / "nvidia-smi"
+        values = "NVIDIA H100, 580.1, 81559 MiB, 1980 MHz, 700.00 W, 345 MHz, 70.1 W, 30"
+        script.write_text(f"#!/bin/sh\necho '{values}'\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        (gpu,) = machine.query_gpus()
+        assert gpu["driver_version"] == "580.1" and gpu["clocks.sm"] == "345 MHz"
+        script.unlink()
+        assert machine.query_gpus() == []

@@ -1,0 +1,227 @@
+"""The command line on a machine without a GPU: the main job, `info`, `compile`."""
+
+import argparse
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jax_deepgemm
+from jax_deepgemm.cli import demo, main, precompile, tables
+from jax_deepgemm.cli.problem import (
+    MAX_CHECKED_ROWS,
+    MAX_ERROR,
+    product_error,
+    random_problem,
+)
+from jax_deepgemm.cli.shapes import NAMED_SHAPES, Shape, parse_count, parse_shapes
+
+SMALL = Shape(64, 256, 384)
+NO_NVRTC = "NVRTC not found: this test hides it"
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m jax_deepgemm` where JAX sees the CPU alone."""
+    return subprocess.run(
+        [sys.executable, "-m", "jax_deepgemm", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+def hide_nvrtc(arguments: str, tmp_path: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process that cannot find NVRTC, with an empty cache."""
+    code = (
+        "import sys\n"
+        "from jax_deepgemm.ffi import _native\n"
+        "def locate():\n"
+        f"    raise RuntimeError({NO_NVRTC!r})\n"
+        "_native.set_nvrtc_locator(locate)\n"
+        "from jax_deepgemm.cli import main, shapes\n"
+        "shapes.NAMED_SHAPES['seed'] = (shapes.Shape(64, 256, 384), shapes.Shape(64, 256, 512))\n"
+        f"sys.exit(main({arguments.split()!r}))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "DG_CACHE_DIR": str(tmp_path)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture
+def small_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NAMED_SHAPES, "seed", (SMALL, SMALL._replace(m=4096)))
+
+
+class TestShapes:
+    @pytest.mark.parametrize(
+        "text", ["64x256x384 1x8x16", "64x256x384,1x8x16", "64x256x384, 1x8x16"]
+    )
+    def test_commas_and_spaces_separate(self, text: str) -> None:
+        assert parse_shapes(text) == (SMALL, Shape(1, 8, 16))
+
+    def test_named_sets(self) -> None:
+        assert len(parse_shapes("seed")) == 18
+        assert len(parse_shapes("decode")) == 24
+        assert parse_shapes("seed,64x2112x7168") == NAMED_SHAPES["seed"], "each shape once"
+
+    @pytest.mark.parametrize(
+        "text", ["64x256", "64x256x384x1", "axbxc", "-1x256x384", "prefill", ""]
+    )
+    def test_malformed(self, text: str) -> None:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"MxNxK|at least one shape"):
+            parse_shapes(text)
+
+    @pytest.mark.parametrize("text", ["0x256x384", "64x255x384", "64x256x24", "64x0x384"])
+    def test_illegal(self, text: str) -> None:
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="n a multiple of 8, k a multiple of 16"
+        ):
+            parse_shapes(text)
+
+    @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x"])
+    def test_counts_are_positive(self, text: str) -> None:
+        with pytest.raises(argparse.ArgumentTypeError, match="not a positive number"):
+            parse_count(text)
+
+    def test_flops_and_bytes(self) -> None:
+        shape = Shape(64, 2112, 7168)
+        assert shape.flops == 2 * 64 * 2112 * 7168
+        # A, B, 64 x 56 and 17 x 56 float32 scales, bf16 D.
+        assert shape.nbytes == 458_752 + 15_138_816 + 14_336 + 3_808 + 270_336
+
+    @pytest.mark.parametrize("shape", NAMED_SHAPES["seed"], ids=str)
+    def test_reduced_shapes_are_legal(self, shape: Shape) -> None:
+        reduced = demo.reduced(shape)
+        assert parse_shapes(str(reduced)) == (reduced,)
+        assert reduced.n * shape.k == reduced.k * shape.n
+
+
+class TestOracle:
+    def test_product_passes_and_a_wrong_one_does_not(self) -> None:
+        problem = random_problem(SMALL, seed=1)
+        d = jax_deepgemm.gemm_fp8_fp8_bf16_nt(problem.lhs, problem.rhs)
+        assert 0 < product_error(d, problem) < MAX_ERROR
+        assert product_error(d.at[-1].multiply(1.5), problem) > MAX_ERROR
+        other = random_problem(SMALL, seed=2)
+        assert product_error(d, other) > 0.5
+
+    def test_nan_is_no_small_error(self) -> None:
+        problem = random_problem(SMALL, seed=1)
+        d = jnp.full((SMALL.m, SMALL.n), jnp.nan, jnp.bfloat16)
+        assert not product_error(d, problem) <= MAX_ERROR
+
+    @pytest.mark.parametrize("row", [0, MAX_CHECKED_ROWS + 999])
+    def test_first_and_last_row_of_many_are_compared(self, row: int) -> None:
+        problem = random_problem(Shape(MAX_CHECKED_ROWS + 1000, 8, 16), seed=1)
+        d = jax_deepgemm.gemm_fp8_fp8_bf16_nt(problem.lhs, problem.rhs)
+        assert product_error(d, problem) < MAX_ERROR
+        assert product_error(d.at[row].add(100), problem) > MAX_ERROR
+
+
+class TestMainJob:
+    def test_without_a_gpu(self, tmp_path: pathlib.Path) -> None:
+        done = run_command(DG_CACHE_DIR=str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "need an sm_90 GPU" in done.stdout
+        assert "18 of 18 below 5e-06" in done.stdout
+        assert "cpu: float32 reference" in done.stdout and "wall us" in done.stdout
+        for heading in (
+            "kernels for sm_90a",
+            "registers",
+            "spill bytes",
+            "shared bytes",
+            "seconds",
+        ):
+            assert heading in done.stdout
+        kernels = {(n, k, jax_deepgemm.select_config(m, n, k)) for m, n, k in NAMED_SHAPES["seed"]}
+        assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels)
+
+    @pytest.mark.usefixtures("small_seed")
+    def test_wrong_result_fails(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = jax_deepgemm.gemm_fp8_fp8_bf16_nt
+        monkeypatch.setattr(tables, "console", tables.Console(width=140))
+        assert main([]) == 0, capsys.readouterr().out
+        assert "2 of 2 below" in capsys.readouterr().out
+
+        def wrong(*operands: tuple[jax.Array, jax.Array]) -> jax.Array:
+            d = right(*operands)
+            return d.at[0].multiply(1.5) if d.shape[0] > 64 else d
+
+        monkeypatch.setattr(jax_deepgemm, "gemm_fp8_fp8_bf16_nt", wrong)
+        assert main([]) == 1
+        assert "1 of 2 below" in capsys.readouterr().out
+
+    def test_missing_nvrtc_fails_after_the_cpu_part(self, tmp_path: pathlib.Path) -> None:
+        done = hide_nvrtc("", tmp_path)
+        assert done.returncode == 1, done.stderr
+        assert "2 of 2 below" in done.stdout
+        assert done.stdout.count(NO_NVRTC) == 1, "one cause, one message"
+        assert "Traceback" not in done.stderr
+
+
+class TestInfo:
+    def test_versions_environment_and_cache(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "some.cubin").write_bytes(bytes(321))
+        done = run_command("info", DG_CACHE_DIR=str(tmp_path), DG_JIT_DEBUG="0")
+        assert done.returncode == 0, done.stderr
+        for expected in (jax_deepgemm.__version__, jax.__version__, "NVRTC", "DG_JIT_DEBUG"):
+            assert expected in done.stdout
+        assert "1 files, 321 bytes" in done.stdout
+        assert "321  cache/some.cubin" in done.stdout
+
+    def test_without_nvrtc(self, tmp_path: pathlib.Path) -> None:
+        done = hide_nvrtc("info", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert NO_NVRTC in done.stdout
+
+
+class TestCompile:
+    def test_fills_the_cache(self, tmp_path: pathlib.Path) -> None:
+        # 64x256x384 and 60x256x384 may share a kernel; 64x256x512 cannot.
+        arguments = ("compile", "--shapes", "64x256x384,60x256x384", "64x256x512", "--jobs", "2")
+        first = run_command(*arguments, DG_CACHE_DIR=str(tmp_path))
+        assert first.returncode == 0, first.stdout + first.stderr
+        files = list(tmp_path.rglob("*.cubin"))
+        assert files and first.stdout.count("compiled") == len(files)
+        second = run_command(*arguments, DG_CACHE_DIR=str(tmp_path))
+        assert second.stdout.count("disk") == len(files)
+        assert "compiled" not in second.stdout.replace("compiling", "")
+
+    def test_sm_count_reaches_selection_and_compiler(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def select(m: int, n: int, k: int, *, num_sms: int) -> jax_deepgemm.GemmConfig:
+            return jax_deepgemm.GemmConfig(64, 64, num_stages=num_sms)
+
+        def compile_kernel(
+            n: int, k: int, config: jax_deepgemm.GemmConfig, *, num_sms: int
+        ) -> None:
+            raise RuntimeError(
+                f"{n=} {k=} selected for {config.num_stages}, compiled for {num_sms}"
+            )
+
+        monkeypatch.setattr(jax_deepgemm, "select_config", select)
+        monkeypatch.setattr(precompile, "compile_kernel", compile_kernel)
+        monkeypatch.setattr(tables, "console", tables.Console(width=140))
+        assert main(["compile", "--shapes", "64x256x384", "--num-sms", "78"]) == 1
+        assert "n=256 k=384 selected for 78, compiled for 78" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("shapes", ["64x7168", "64x7168x2049", "everything"])
+    def test_malformed_shapes(self, shapes: str) -> None:
+        done = run_command("compile", "--shapes", shapes)
+        assert done.returncode == 2
+        assert done.stderr.count("error:") == 1 and repr(shapes) in done.stderr
+
+    def test_missing_nvrtc(self, tmp_path: pathlib.Path) -> None:
+        done = hide_nvrtc("compile", tmp_path)
+        assert done.returncode == 1
+        assert done.stdout.count(NO_NVRTC) == 1
+        assert "Traceback" not in done.stderr

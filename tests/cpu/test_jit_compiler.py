@@ -1,0 +1,269 @@
+"""The compiler, what is read from its log, the toolchain's errors, and the driver's device list."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import cuda.pathfinder
+import pytest
+
+from jax_deepgemm.ffi import _native
+from jax_deepgemm.ffi.toolchain import locate_nvrtc, toolchain
+from tests.jit_process import nvrtc, reports, run
+
+CATCH = """
+def message(call):
+    try:
+        call()
+    except native.Error as error:
+        report({"message": str(error), "runtime_error": isinstance(error, RuntimeError)})
+"""
+
+
+def test_digest_is_sha256() -> None:
+    random = b"".join(hashlib.sha512(bytes([i])).digest() for i in range(256))
+    for data in [random[:length] for length in range(200)] + [random, random * 10]:
+        assert _native.digest(data) == hashlib.sha256(data).hexdigest()
+
+
+def test_resources(tmp_path: Path) -> None:
+    body = """
+report(native.jit_compile("shared", "shared", '''
+extern "C" __global__ void shared(float* x) {
+  __shared__ float s[256];
+  s[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = s[255 - threadIdx.x];
+}''', {})["resources"])
+report(native.jit_compile("local", "local", '''
+extern "C" __global__ void local(float* x, int n) {
+  float v[64];
+  for (int i = 0; i < 64; ++i) v[i] = x[i];
+  for (int i = 0; i < n; ++i) v[(i * 7) % 64] += v[i % 64];
+  for (int i = 0; i < 64; ++i) x[i] = v[i];
+}''', {})["resources"])
+report(native.jit_compile("spill", "spill", '''
+extern "C" __global__ void __launch_bounds__(1024) spill(float* x) {
+  float v[128];
+  for (int i = 0; i < 128; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  for (int i = 0; i < 128; ++i) x[i * 1024 + threadIdx.x] = v[127 - i] * v[i];
+}''', {})["resources"])
+"""
+    shared, local, spill = reports(run(body, tmp_path))
+    assert 0 < shared["registers"] <= 64
+    assert (shared["spill_bytes"], shared["stack_bytes"]) == (0, 0)
+    assert shared["static_smem_bytes"] == 256 * 4
+    assert (local["spill_bytes"], local["stack_bytes"]) == (0, 64 * 4)
+    assert local["static_smem_bytes"] == 0
+    assert spill["registers"] == 64
+    assert spill["spill_bytes"] > 0
+    assert not any(result["wgmma_serialized"] for result in (shared, local, spill))
+
+
+def test_resources_are_those_of_the_entry(tmp_path: Path) -> None:
+    body = """
+TEXT = '''
+extern "C" __global__ void before(float* x) { __shared__ float s[64]; s[threadIdx.x] = *x;
+  __syncthreads(); *x = s[63 - threadIdx.x]; }
+extern "C" __global__ void entry(float* x) { __shared__ float s[128]; s[threadIdx.x] = *x;
+  __syncthreads(); *x = s[127 - threadIdx.x]; }
+extern "C" __global__ void entry_after(float* x) { __shared__ float s[256]; s[threadIdx.x] = *x;
+  __syncthreads(); *x = s[255 - threadIdx.x]; }
+'''
+for name in ("before", "entry", "entry_after", "absent"):
+    report(native.jit_compile(name, name, TEXT, {})["resources"])
+"""
+    results = reports(run(body, tmp_path))
+    assert [result["static_smem_bytes"] for result in results] == [256, 512, 1024, -1]
+    assert results[3]["registers"] == results[3]["spill_bytes"] == -1
+
+
+@pytest.mark.parametrize("printf", ["", 'printf("x");'], ids=["clean", "printf"])
+def test_serialized_wgmma_is_noticed(printf: str, tmp_path: Path) -> None:
+    # A printf anywhere in a kernel makes ptxas wait after every wgmma (message C7510).
+    body = f"""
+report(native.jit_compile("mma", "mma", r'''
+extern "C" __global__ void __launch_bounds__(128) mma(float* x, unsigned long long a) {{
+  float d[4] = {{x[0], x[1], x[2], x[3]}};
+  {printf}
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  for (int k = 0; k < 4; ++k)
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {{%0, %1, %2, %3}}, "
+                 "%4, %4, 1, 1, 1;"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a + 2 * k));
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) x[4 * threadIdx.x + i] = d[i];
+}}''', {{}}))
+"""
+    for _ in ("compiled", "disk"):
+        (result,) = reports(run(body, tmp_path))
+        assert result["resources"]["wgmma_serialized"] == bool(printf)
+        assert ("(C75" in result["log"]) == bool(printf)
+
+
+def test_headers_may_include_each_other(tmp_path: Path) -> None:
+    body = """
+headers = {"outer.cuh": '#include "folder/inner.cuh"', "folder/inner.cuh": HEADERS["factor.cuh"]}
+report(compile(body=text("scale").replace("factor", "outer"), headers=headers))
+"""
+    assert reports(run(body, tmp_path))[0]["origin"] == "compiled"
+
+
+def test_compile_error_has_kernel_compiler_and_log(tmp_path: Path) -> None:
+    body = CATCH + 'message(lambda: compile(body="not a kernel"))\nreport(native.toolchain())'
+    error, tools = reports(run(body, tmp_path))
+    assert error["runtime_error"]
+    assert error["message"].startswith(
+        "nvrtcCompileProgram: NVRTC_ERROR_COMPILATION while compiling scale with NVRTC "
+        f"{tools['version']} ({tools['path']}):\nscale.cu(1): error: "
+    )
+
+
+def test_ptxas_error_has_the_log(tmp_path: Path) -> None:
+    body = CATCH + (
+        "message(lambda: compile(body='''extern \"C\" __global__ void scale() "
+        "{ asm(\"nonsense;\"); }'''))"
+    )
+    (error,) = reports(run(body, tmp_path))
+    assert "Not a name of any known instruction: 'nonsense'" in error["message"]
+
+
+def test_missing_nvrtc_is_one_error_and_looked_for_again(tmp_path: Path) -> None:
+    body = (
+        CATCH
+        + """
+import os
+def absent():
+    raise RuntimeError("NVRTC not found: install it")
+native.set_nvrtc_locator(absent)
+message(compile)
+message(native.toolchain)
+native.set_nvrtc_locator(lambda: os.devnull)
+message(compile)
+native.set_nvrtc_locator(lambda: NVRTC)
+report(compile())
+"""
+    )
+    first, second, not_a_library, good = reports(run(body, tmp_path))
+    assert first == second == {"message": "NVRTC not found: install it", "runtime_error": True}
+    assert not_a_library["message"].startswith("NVRTC cannot be loaded: /dev/null")
+    assert good["origin"] == "compiled"
+
+
+def test_locate_nvrtc_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        raise cuda.pathfinder.DynamicLibNotFoundError(f'Failure finding "{name}":\n  many\n  lines')
+
+    monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", load)
+    with pytest.raises(RuntimeError) as raised:
+        locate_nvrtc()
+    assert str(raised.value) == (
+        "NVRTC not found: looked for libnvrtc with cuda-pathfinder (pip packages, conda, system "
+        'libraries, CUDA_HOME). Install it with: pip install "jax_deepgemm[cuda13]" (or cuda12 '
+        'for CUDA 12). DynamicLibNotFoundError: Failure finding "nvrtc": many lines'
+    )
+
+
+def test_toolchain_names_nvrtc() -> None:
+    path = nvrtc()
+    _native.set_nvrtc_locator(locate_nvrtc)  # As jax_deepgemm.ffi does at import.
+    info = toolchain()
+    assert (info.compiler, info.path) == ("NVRTC", path)
+    assert int(info.version.split(".")[0]) >= 12
+
+
+# Enough of a driver to list two devices; INIT is what cuInit returns, MISSING an entry point that
+# the driver is too old for.
+FAKE_DRIVER = """
+#include <string.h>
+static int init(unsigned flags) { (void)flags; return INIT; }
+static int driver_version(int* version) { *version = 12080; return 0; }
+static int error_name(int code, const char** name) {
+  *name = code == 999 ? "CUDA_ERROR_UNKNOWN" : 0; return code == 999 ? 0 : 1; }
+static int error_string(int code, const char** text) {
+  *text = code == 999 ? "unknown error" : 0; return code == 999 ? 0 : 1; }
+static int device_count(int* count) { *count = 2; return 0; }
+static int device(int* handle, int ordinal) { *handle = 10 + ordinal; return 0; }
+static int device_name(char* name, int length, int handle) {
+  strncpy(name, handle == 10 ? "Fake H100" : "Fake H200", length); return 0; }
+static int attribute(int* value, int which, int handle) {
+  *value = which == 75 ? 9 : which == 76 ? 0 : which == 16 ? 132 : which == 38 ? 52428800 : -handle;
+  return 0; }
+static int memory(unsigned long* bytes, int handle) {
+  *bytes = (unsigned long)handle << 33; return 0; }
+static int unused(void) { return 1; }
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags,
+                        void* status) {
+  (void)version; (void)flags; (void)status;
+  struct { const char* name; void* function; } table[] = {
+      {"cuInit", init}, {"cuDriverGetVersion", driver_version}, {"cuGetErrorName", error_name},
+      {"cuGetErrorString", error_string}, {"cuDeviceGetCount", device_count},
+      {"cuDeviceGet", device}, {"cuDeviceGetName", device_name},
+      {"cuDeviceGetAttribute", attribute}, {"cuDeviceTotalMem", memory}, {MISSING, 0}};
+  *function = unused;
+  for (unsigned i = 0; i < sizeof(table) / sizeof(table[0]); ++i)
+    if (strcmp(table[i].name, name) == 0) *function = table[i].function;
+  return 0;
+}
+"""
+
+
+def list_devices(tmp_path: Path, init: int, missing: str = "") -> dict[str, object]:
+    """What cuda_devices returns or raises with a driver whose cuInit returns `init`."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler to build a driver with")
+    source = tmp_path / "driver.c"
+    source.write_text(FAKE_DRIVER)
+    output = tmp_path / "libcuda.so.1"
+    defines = [f"-DINIT={init}", f'-DMISSING="{missing}"']
+    subprocess.run([compiler, "-shared", "-fPIC", *defines, source, "-o", output], check=True)
+    body = CATCH + "message(lambda: report({'devices': native.cuda_devices()}))"
+    (result,) = reports(run(body, tmp_path, LD_LIBRARY_PATH=str(tmp_path)))
+    return result
+
+
+def test_cuda_devices(tmp_path: Path) -> None:
+    common = {
+        "major": 9,
+        "minor": 0,
+        "num_sms": 132,
+        "l2_bytes": 50 << 20,
+        "driver_version": 12080,
+    }
+    assert list_devices(tmp_path, init=0)["devices"] == [
+        {"name": "Fake H100", "ordinal": 0, "memory_bytes": 10 << 33} | common,
+        {"name": "Fake H200", "ordinal": 1, "memory_bytes": 11 << 33} | common,
+    ]
+
+
+def test_driver_without_device_lists_none(tmp_path: Path) -> None:
+    assert list_devices(tmp_path, init=100) == {"devices": []}
+
+
+def test_driver_error_names_call_and_code(tmp_path: Path) -> None:
+    expected = "cuInit: CUDA_ERROR_UNKNOWN (unknown error)"
+    assert list_devices(tmp_path, init=999)["message"] == expected
+    assert list_devices(tmp_path, init=998)["message"] == "cuInit: CUresult 998"
+
+
+def test_driver_that_is_too_old(tmp_path: Path) -> None:
+    assert list_devices(tmp_path, init=0, missing="cuLibraryLoadData")["message"] == (
+        "the CUDA driver (libcuda.so.1) is too old: it has no cuLibraryLoadData; jax_deepgemm "
+        "needs a driver for CUDA 12.0 or newer"
+    )
+
+
+def test_no_driver_lists_none() -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        assert _native.cuda_devices() == []
+    else:
+        pytest.skip("this machine has a CUDA driver")

@@ -1,0 +1,173 @@
+"""The DG_* environment variables: each one's meaning, its off values, and that it is read once."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.jit_process import reports, run
+
+COMPILE = "report(compile())"
+
+# Switch -> what it prints while a kernel is compiled.
+SWITCHES = {
+    "DG_PTXAS_VERBOSE": "ptxas info    : Used ",
+    "DG_PRINT_REG_REUSE": "FFMA runs of scale: 0",
+    "DG_JIT_PRINT_NVCC_COMMAND": "scale: NVRTC --gpu-architecture=sm_90a -std=c++20",
+    "DG_JIT_DEBUG": "jit: scale: compiled in ",
+}
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc")
+    if found is None:
+        pytest.skip("there is no nvcc on the PATH")
+    return found
+
+
+@pytest.mark.parametrize("value", ["1", "yes"])
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switch_prints(switch: str, value: str, tmp_path: Path) -> None:
+    stderr = run(COMPILE, tmp_path, **{switch: value}).stderr
+    assert stderr.startswith("jax_deepgemm: ")
+    assert SWITCHES[switch] in stderr
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_switches_off_print_nothing(value: str, tmp_path: Path) -> None:
+    assert run(COMPILE, tmp_path, **dict.fromkeys(SWITCHES, value)).stderr == ""
+
+
+def test_debug_tells_where_a_kernel_came_from(tmp_path: Path) -> None:
+    stderr = run(COMPILE + "\n" + COMPILE, tmp_path, DG_JIT_DEBUG="1").stderr
+    (file,) = (tmp_path / "cache").iterdir()
+    assert f"jit: scale: written to {file}\n" in stderr
+    assert stderr.endswith("jax_deepgemm: jit: scale: memory hit\n")
+    stderr = run(COMPILE, tmp_path, DG_JIT_DEBUG="1").stderr
+    assert stderr == f"jax_deepgemm: jit: scale: disk hit {file}\n"
+
+
+def test_ptxas_report_is_printed_on_a_disk_hit_too(tmp_path: Path) -> None:
+    run(COMPILE, tmp_path)
+    assert " registers" in run(COMPILE, tmp_path, DG_PTXAS_VERBOSE="1").stderr
+
+
+@pytest.mark.parametrize(
+    ("cache_dir", "expected"),
+    [("", ".jax_deepgemm"), ("~/kernels", "kernels"), ("~", "."), ("{home}/given", "given")],
+    ids=["default", "tilde", "home", "absolute"],
+)
+def test_cache_dir(cache_dir: str, expected: str, tmp_path: Path) -> None:
+    body = COMPILE + "\nreport(native.toolchain())"
+    compiled, toolchain = reports(run(body, cache_dir.format(home=tmp_path), HOME=str(tmp_path)))
+    folder = tmp_path / expected / "cache"
+    assert Path(compiled["path"]) == next(iter(folder.iterdir()))
+    assert Path(toolchain["cache_dir"]) == tmp_path / expected
+
+
+# A loop of multiply-adds on registers, which ptxas writes as one run of FFMA.
+FFMA = """
+CHAINS = '''extern "C" __global__ void __launch_bounds__(256) chains(float* x, float a, float b) {
+  float v[32];
+  for (int i = 0; i < 32; ++i) v[i] = x[i * 256 + threadIdx.x];
+#pragma unroll 1
+  for (int k = 0; k < 1000; ++k)
+    for (int i = 0; i < 32; ++i) v[i] = v[i] * a + b;
+  for (int i = 0; i < 32; ++i) x[i * 256 + threadIdx.x] = v[i];
+}'''
+image = native.jit_compile("chains", "chains", CHAINS, {})["image"]
+_, runs = native.interleave(image)
+report({"alternating": [run["alternating"] for run in runs]})
+"""
+
+
+@pytest.mark.parametrize(("value", "interleaved"), [("0", True), ("1", False)])
+def test_disable_ffma_interleave(value: str, interleaved: bool, tmp_path: Path) -> None:
+    (result,) = reports(run(FFMA, tmp_path, DG_DISABLE_FFMA_INTERLEAVE=value))
+    assert result["alternating"]
+    assert all(result["alternating"]) == interleaved
+
+
+def test_print_reg_reuse_counts_runs(tmp_path: Path) -> None:
+    stderr = run(FFMA, tmp_path, DG_PRINT_REG_REUSE="1", DG_DISABLE_FFMA_INTERLEAVE="0").stderr
+    assert "jax_deepgemm: FFMA runs of chains: " in stderr
+    assert "  .text.chains+0x" in stderr
+
+
+def test_variables_are_read_once(tmp_path: Path) -> None:
+    body = f"""
+import os
+compile("one")
+os.environ["DG_JIT_DEBUG"] = "1"
+os.environ["DG_CACHE_DIR"] = {str(tmp_path / "other")!r}
+report(compile("two"))
+"""
+    done = run(body, tmp_path / "first")
+    assert done.stderr == ""
+    assert reports(done)[0]["path"].startswith(str(tmp_path / "first"))
+
+
+def test_nvcc_compiler(tmp_path: Path) -> None:
+    path = nvcc()
+    done = run(
+        COMPILE + "\nreport(native.toolchain())",
+        tmp_path,
+        DG_NVCC_COMPILER=path,
+        DG_JIT_PRINT_NVCC_COMMAND="1",
+    )
+    compiled, toolchain = reports(done)
+    assert compiled["origin"] == "compiled"
+    assert compiled["resources"]["registers"] > 0
+    assert compiled["resources"]["spill_bytes"] == 0
+    assert (toolchain["compiler"], toolchain["path"]) == ("NVCC", path)
+    assert f"scale: {path} -gencode=arch=compute_90a,code=sm_90a -cubin" in done.stderr
+    # NVRTC's cubin is another key.
+    (by_nvrtc,) = reports(run(COMPILE, tmp_path))
+    assert by_nvrtc["origin"] == "compiled"
+    assert by_nvrtc["path"] != compiled["path"]
+
+
+def test_nvcc_error_has_the_log(tmp_path: Path) -> None:
+    body = """
+try:
+    compile("bad", headers={"factor.cuh": ""})
+except native.Error as error:
+    report({"message": str(error)})
+"""
+    path = nvcc()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = run(body, tmp_path, DG_NVCC_COMPILER=path, TMPDIR=str(temporary))
+    message = reports(done)[0]["message"]
+    assert message.startswith("nvcc: exit status ")
+    assert "while compiling bad with NVCC 1" in message
+    assert path in message
+    assert 'identifier "kFactor" is undefined' in message
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/no/such/nvcc", "DG_NVCC_COMPILER: cannot run /no/such/nvcc: No such file or directory"),
+        ("true", "DG_NVCC_COMPILER: true --version is not an nvcc's (exit status 0):"),
+        ("false", "DG_NVCC_COMPILER: false --version is not an nvcc's (exit status 1):"),
+    ],
+    ids=["missing", "silent", "failing"],
+)
+def test_nvcc_that_is_none(path: str, expected: str, tmp_path: Path) -> None:
+    body = """
+try:
+    compile()
+except native.Error as error:
+    report({"message": str(error)})
+"""
+    (result,) = reports(run(body, tmp_path, DG_NVCC_COMPILER=path))
+    assert result["message"].startswith(expected)
+
+
+def test_empty_nvcc_compiler_means_nvrtc(tmp_path: Path) -> None:
+    (result,) = reports(run("report(native.toolchain())", tmp_path, DG_NVCC_COMPILER=""))
+    assert result["compiler"] == "NVRTC"

@@ -1,0 +1,173 @@
+"""The kernels that selection can ask for compile to sound sm_90a code; no GPU is needed.
+
+What NVRTC and ptxas do wrong in silence is a failure here: registers spilled, local memory, tensor
+core instructions put one after the other, more shared memory than a Hopper SM lends to a block.
+"""
+
+import collections
+import concurrent.futures
+import os
+import pathlib
+import random
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cuda.pathfinder
+import pytest
+
+import jax_deepgemm
+from jax_deepgemm import ffi
+from jax_deepgemm.cli.shapes import NAMED_SHAPES
+
+# H100 SXM and H200, H100 PCIe, H20.
+NUM_SMS = (132, 114, 78)
+
+# What one block may have on sm_90: 228 KiB of an SM less the 1 KiB that the system keeps.
+MAX_SMEM_BYTES = 232_448
+
+# How many configurations that selection may choose, beyond those that it does, are compiled.
+NUM_SAMPLED = 96
+
+
+class Kernel(NamedTuple):
+    """What a kernel is compiled for; m is not part of it."""
+
+    n: int
+    k: int
+    config: jax_deepgemm.GemmConfig
+    num_sms: int
+
+
+class Build(NamedTuple):
+    """A compiled kernel, and how often each instruction stands in it, where that can be told."""
+
+    report: ffi.KernelReport
+    instructions: collections.Counter[str] | None
+
+
+def label(kernel: Kernel) -> str:
+    """Names a kernel in a test's id."""
+    n, k, c, _ = kernel
+    tile = f"bm{c.block_m}-bn{c.block_n}-st{c.num_stages}-wg{c.math_warpgroups}"
+    return f"n{n}-k{k}-{tile}-cl{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-ra{c.raster_m}"
+
+
+def selected() -> list[object]:
+    """Returns the kernel of every seed shape on every number of SMs, as pytest parameters."""
+    return [
+        pytest.param(
+            Kernel(n, k, jax_deepgemm.select_config(m, n, k, num_sms=num_sms), num_sms),
+            id=f"m{m}-n{n}-k{k}-sms{num_sms}",
+        )
+        for num_sms in NUM_SMS
+        for m, n, k in NAMED_SHAPES["seed"]
+    ]
+
+
+def sampled() -> list[object]:
+    """Returns kernels of legal configurations, a fixed random spread of them, as parameters."""
+    kernels = sorted(
+        {
+            Kernel(n, k, config, NUM_SMS[0])
+            for m, n, k in NAMED_SHAPES["seed"]
+            for config in jax_deepgemm.legal_configs(m, n, k, num_sms=NUM_SMS[0])
+        },
+        key=repr,
+    )
+    chosen = random.Random(0).sample(kernels, min(NUM_SAMPLED, len(kernels)))
+    return [pytest.param(kernel, id=label(kernel)) for kernel in chosen]
+
+
+every_kernel = pytest.mark.parametrize("kernel", selected() + sampled())
+
+
+def count_instructions(listing: str) -> collections.Counter[str]:
+    """Counts the opcodes, modifiers dropped, in a listing of nvdisasm.
+
+    WARPGROUP keeps its first modifier, which says what it does (ARRIVE, DEPBAR).
+    """
+    opcodes = re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(WARPGROUP\.\w+|\w+)", listing, flags=re.MULTILINE
+    )
+    return collections.Counter(opcodes)
+
+
+def build(kernel: Kernel, disassembler: str | None, folder: pathlib.Path) -> Build:
+    """Compiles a kernel, and disassembles it where there is a disassembler."""
+    report = ffi.compile_kernel(kernel.n, kernel.k, kernel.config, num_sms=kernel.num_sms)
+    if disassembler is None:
+        return Build(report, None)
+    # The cubin is an ELF file inside the cache file.
+    cached = pathlib.Path(report.path).read_bytes()
+    cubin = folder / f"{pathlib.Path(report.path).name}.cubin"
+    cubin.write_bytes(cached[cached.index(b"\x7fELF") :])
+    done = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True)
+    return Build(report, count_instructions(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def build_of(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Kernel], Build]]:
+    """Compiles the kernels of all chosen tests in threads, and hands each out when it is ready."""
+    try:
+        cuda.pathfinder.load_nvidia_dynamic_lib("nvrtc")
+    except cuda.pathfinder.DynamicLibNotFoundError:
+        assert "CI" not in os.environ, "continuous integration must have NVRTC"
+        pytest.skip("NVRTC is not installed (pip install 'jax_deepgemm[test]' brings it)")
+    disassembler = cuda.pathfinder.find_nvidia_binary_utility("nvdisasm")
+    folder = tmp_path_factory.mktemp("cubins")
+    kernels = {
+        item.callspec.params["kernel"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "build_of" in item.fixturenames
+    }
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        builds = {kernel: pool.submit(build, kernel, disassembler, folder) for kernel in kernels}
+        yield lambda kernel: builds[kernel].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@every_kernel
+def test_resources(kernel: Kernel, build_of: Callable[[Kernel], Build]) -> None:
+    report = build_of(kernel).report
+    assert report.spill_bytes == 0, f"registers spill: {report.log}"
+    assert report.stack_bytes == 0, f"local memory without spills (an array indexed): {report.log}"
+    assert 0 < report.smem_bytes <= MAX_SMEM_BYTES
+    assert report.smem_bytes == jax_deepgemm.smem_bytes(kernel.config)
+    # ptxas' advisories on wgmma and setmaxnreg are numbered C75xx: serialised, ignored, inserted.
+    assert "(C75" not in report.log
+    assert not report.wgmma_serialized
+
+
+@every_kernel
+def test_instructions(kernel: Kernel, build_of: Callable[[Kernel], Build]) -> None:
+    count = build_of(kernel).instructions
+    if count is None:
+        assert "CI" not in os.environ, "continuous integration must have nvdisasm"
+        pytest.skip("nvdisasm is not installed (pip install 'jax_deepgemm[test]' brings it)")
+    assert count["QGMMA"] > 0, "no FP8 tensor core instruction"
+    assert count["UTMALDG"] > 0, "no TMA load"
+    assert count["UTMASTG"] > 0, "no TMA store"
+    assert count["LDL"] + count["STL"] == 0, "local memory is used"
+    # A batch of wgmma covers 128 of k, 32 an instruction, and is waited for once.
+    assert count["WARPGROUP.DEPBAR"] <= count["QGMMA"] // 2, "wgmma is serialised"
+
+
+def test_listing_is_counted() -> None:
+    listing = """
+        .headerflags @"EF_CUDA_SM90"
+        /*0010*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], RZ, !UPT ;
+        /*0020*/              @!P0 QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/             @!UP1 UTMALDG.2D [UR8], [UR4] ;
+        /*12f0*/               @P2 STL.64 [R1+0x8], R2 ;
+    """
+    assert count_instructions(listing) == {
+        "QGMMA": 2,
+        "WARPGROUP.DEPBAR": 1,
+        "UTMALDG": 1,
+        "STL": 1,
+    }

@@ -1,0 +1,89 @@
+"""What the README says is so: its example runs, its numbers are the measured ones, its links lead
+somewhere, and it prints both commands."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+RESULTS = "benchmarks/results/h100.json"
+VARIABLES = sorted(set(re.findall("DG_[A-Z_]+", (ROOT / "csrc/jit/environment.cc").read_text())))
+
+# Appended to the example: its result is the product that it says it is, but for the rounding of
+# both operands to FP8 (a few percent of each value).
+CHECK = """
+import jax.numpy as jnp
+expected = x @ w.T
+assert y.dtype == jnp.bfloat16 and y.shape == expected.shape
+error = jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+assert 0.001 < error < 0.05, error
+"""
+
+
+def blocks(language: str) -> list[str]:
+    """Returns the README's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns the table of measured shapes as the README must print it."""
+    rows = results["rows"]
+    baselines = [name for name in rows[0]["baselines"] if name.endswith("_us")]
+    heads = ["m", "n", "k", "time, us", "TFLOP/s", "GB/s", "error"]
+    heads += [f"{name.removesuffix('_us')}, us" for name in baselines]
+    lines = [
+        f"{results['gpu']}, driver {results['driver']}, CUDA {results['cuda']}, "
+        f"JAX {results['jax']}, {results['date']}: `{results['command']}`.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|--:" * len(heads) + "|",
+    ]
+    for row in rows:
+        cells = [str(row[name]) for name in ("m_per_group", "n", "k")]
+        cells += [f"{row['time_us']:.1f}", f"{row['tflops']:.0f}", f"{row['gbs']:.0f}"]
+        cells += [f"{row['error']:.1e}", *(f"{row['baselines'][name]:.1f}" for name in baselines)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_example_computes_the_product() -> None:
+    example = blocks("python")[0]
+    done = subprocess.run([sys.executable, "-c", example + CHECK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "(64, 384) bfloat16" in done.stdout
+
+
+def test_table_is_the_measured_one() -> None:
+    found = re.search(
+        rf"^<!-- table: {re.escape(RESULTS)} -->\n(.*?)\n<!-- end of table -->$",
+        README,
+        flags=re.MULTILINE | re.DOTALL,
+    )
+    assert found, "the README has lost the marks of its table"
+    file = ROOT / RESULTS
+    expected = table(json.loads(file.read_text())) if file.exists() else "Not measured yet."
+    assert found[1] == expected, f"the README's table must read:\n{expected}"
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_link_leads_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("ending", ["-m jax_deepgemm", "-m pytest"])
+def test_command_is_one_line_for_a_fresh_machine(ending: str) -> None:
+    commands = [block.strip() for block in blocks("bash") if block.rstrip().endswith(ending)]
+    assert len(commands) == 1
+    assert "\n" not in commands[0]
+    assert commands[0].startswith("python3 -m venv .venv && .venv/bin/pip install ")
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_environment_variable_is_described(variable: str) -> None:
+    assert f"| `{variable}` |" in README
