@@ -59,7 +59,17 @@ def select_config(m: int, n: int, k: int, *, num_sms: int = _H100_SMS) -> GemmCo
 
 
 def legal_configs(m: int, n: int, k: int, *, num_sms: int = _H100_SMS) -> list[GemmConfig]:
-    """Returns the configurations that `select_config` chooses among; arguments as there."""
+    """Returns the configurations that `select_config` chooses among, in a fixed order.
+
+    Args:
+        m: rows of A and D.
+        n: rows of B, columns of D; a multiple of 8.
+        k: columns of A and B; a multiple of 16.
+        num_sms: SMs the kernel may use.
+
+    Raises:
+        ValueError: there is no kernel for this shape.
+    """
     _check_supported("legal_configs", m, n, k, num_sms)
     return [GemmConfig(*fields) for fields in _native.candidates(m, n, k, num_sms)]
 
@@ -70,5 +80,9 @@ def _check_supported(function: str, m: int, n: int, k: int, num_sms: int) -> Non
 
 
 def smem_bytes(config: GemmConfig) -> int:
-    """Returns the dynamic shared memory of one CTA, in bytes."""
+    """Returns the dynamic shared memory of one CTA, in bytes.
+
+    Args:
+        config: the kernel's configuration; no GPU is needed.
+    """
     return _native.smem_bytes(config.fields)

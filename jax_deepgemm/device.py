@@ -35,6 +35,9 @@ def set_num_sms(num_sms: int) -> None:
     Operations read the limit when they are traced: a function that `jax.jit` has traced keeps the
     one it saw. A limit above the GPU's number of SMs is none.
 
+    Args:
+        num_sms: SMs that kernels may use, at least 1.
+
     Raises:
         ValueError: num_sms is not positive.
     """

@@ -64,8 +64,8 @@ def _batch(
     a = jnp.moveaxis(a, a_axis, 0)
     sfa = jnp.moveaxis(sfa, sfa_axis, 0)
     batch, m, k = a.shape
-    d = bind(a.reshape(batch * m, k), sfa.reshape(batch * m, -1), b, sfb, **parameters)
-    return d.reshape(batch, m, -1), 0
+    d = bind(a.reshape(batch * m, k), sfa.reshape(batch * m, sfa.shape[2]), b, sfb, **parameters)
+    return d.reshape(batch, m, b.shape[0]), 0
 
 
 _gemm = declare(

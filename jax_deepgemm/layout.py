@@ -48,8 +48,8 @@ def get_col_major_tma_aligned_tensor(x: jax.Array) -> jax.Array:
     """
     if x.ndim < 2:
         raise ValueError(
-            "get_col_major_tma_aligned_tensor: x must have at least 2 dimensions, "
-            f"got {x.ndim}"
+            f"get_col_major_tma_aligned_tensor: x must have at least 2 dimensions, got {x.ndim}"
         )
     *batch, m, k = range(x.ndim)
-    return with_layout_constraint(x, Layout(major_to_minor=(*batch, k, m)))
+    constrained: jax.Array = with_layout_constraint(x, Layout(major_to_minor=(*batch, k, m)))
+    return constrained

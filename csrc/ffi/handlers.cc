@@ -2,11 +2,15 @@
 
 #include <cuda.h>
 
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "csrc/ffi/plan.h"
 #include "csrc/gemm/config.h"
@@ -45,16 +49,94 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 namespace dg::ffi {
 namespace {
 
-// What instantiate decides once for all devices and executions of one call site.
-struct GemmState {
-  static xffi::TypeId id;
-
+// What one kind of device runs: its SM count decides.
+struct DevicePlan {
   GemmProblem problem;
   GemmConfig config;
-  jit::Kernel* kernel;        // lives as long as the process
-  const jit::Driver* driver;  // kept, so that execute takes no lock
+  jit::Kernel* kernel;  // lives as long as the process
+};
+
+// One call site, on all devices and for all executions. XLA drives devices from threads of their
+// own, so each has a slot; execute reads its slot and takes no lock.
+class GemmState {
+ public:
+  static xffi::TypeId id;
+  static constexpr int kMaxDevices = 64;
+
+  GemmState(const GemmAttributes& attributes, const jit::Driver& driver)
+      : driver(driver), attributes_(attributes) {}
+
+  // The kernel for `device`, planned and compiled, but not yet loaded.
+  DevicePlan Plan(CUdevice device) const {
+    jit::CheckHopper(driver, device);
+    int num_sms = jit::DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
+    if (attributes_.num_sms > 0 && attributes_.num_sms < num_sms) {
+      num_sms = static_cast<int>(attributes_.num_sms);
+    }
+    const GemmProblem problem = {attributes_.m, attributes_.n, attributes_.k, num_sms};
+    std::optional<GemmConfig> config;
+    if (attributes_.block_m != 0) {
+      const auto narrow = [](int64_t value) { return static_cast<int>(value); };
+      config = GemmConfig{narrow(attributes_.block_m),    narrow(attributes_.block_n),
+                          narrow(attributes_.num_stages), narrow(attributes_.math_warpgroups),
+                          narrow(attributes_.cluster_m),  narrow(attributes_.cluster_n),
+                          narrow(attributes_.cluster_k),  narrow(attributes_.raster_m)};
+    }
+    const GemmConfig planned = PlanGemm(problem, config);
+    return {problem, planned, &GetGemmKernel(problem, planned)};
+  }
+
+  // Makes `device` ready to execute; cheap once it is.
+  void Prepare(int32_t device) {
+    if (device < 0 || device >= kMaxDevices) {
+      throw Error(ErrorCode::kUnimplemented, "device ordinals above 63 are not supported");
+    }
+    if (plans_[device].load(std::memory_order_acquire) != nullptr) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_[device].load(std::memory_order_relaxed) != nullptr) return;
+    CUdevice handle = 0;
+    jit::Check(driver.cuDeviceGet(&handle, device), "cuDeviceGet");
+    owned_.push_back(std::make_unique<DevicePlan>(Plan(handle)));
+    owned_.back()->kernel->Prepare(device);
+    plans_[device].store(owned_.back().get(), std::memory_order_release);
+  }
+
+  // The plan of a prepared device.
+  const DevicePlan& plan(int32_t device) const {
+    const DevicePlan* plan = plans_.at(device).load(std::memory_order_acquire);
+    if (plan == nullptr) throw Error(ErrorCode::kInternal, "executed before it was initialized");
+    return *plan;
+  }
+
+  const jit::Driver& driver;  // kept, because GetDriver takes a lock
+
+ private:
+  const GemmAttributes attributes_;
+  std::mutex mutex_;  // guards owned_
+  std::vector<std::unique_ptr<DevicePlan>> owned_;
+  std::array<std::atomic<const DevicePlan*>, kMaxDevices> plans_ = {};
 };
 xffi::TypeId GemmState::id = {};
+
+// The device XLA compiles for: the one whose context is current. Compiles on threads of the user's
+// may have none; then the first Hopper GPU stands for it. Either way Prepare plans again for the
+// device that executes, and only a GPU with another number of SMs gets another kernel.
+CUdevice CompileDevice(const jit::Driver& driver) {
+  CUdevice device = 0;
+  const CUresult result = driver.cuCtxGetDevice(&device);
+  if (result != CUDA_ERROR_INVALID_CONTEXT) {
+    jit::Check(result, "cuCtxGetDevice");
+    return device;
+  }
+  for (const jit::Device& candidate : jit::ListDevices()) {
+    if (candidate.major == 9 && candidate.minor == 0) {
+      jit::Check(driver.cuDeviceGet(&device, candidate.ordinal), "cuDeviceGet");
+      return device;
+    }
+  }
+  jit::Check(driver.cuDeviceGet(&device, 0), "cuDeviceGet");
+  return device;
+}
 
 xffi::Error ToStatus(const std::exception& exception) {
   xffi::ErrorCode code = xffi::ErrorCode::kInternal;
@@ -87,58 +169,20 @@ xffi::Error Guarded(const Body& body) {
   }
 }
 
-int DeviceAttribute(const jit::Driver& driver, CUdevice_attribute attribute, CUdevice device) {
-  int value = 0;
-  jit::Check(driver.cuDeviceGetAttribute(&value, attribute, device), "cuDeviceGetAttribute");
-  return value;
-}
-
-// Throws unless the device runs sm_90a code.
-void CheckDevice(const jit::Driver& driver, CUdevice device) {
-  const int major =
-      DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
-  const int minor =
-      DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
-  if (major == 9 && minor == 0) return;
-  char name[256] = "";
-  jit::Check(driver.cuDeviceGetName(name, sizeof(name), device), "cuDeviceGetName");
-  throw Error(ErrorCode::kUnimplemented,
-              std::string("this kernel needs a Hopper GPU (sm_90: H100, H200, GH200), but device ") +
-                  std::to_string(device) + " is " + name + " (sm_" + std::to_string(major) +
-                  std::to_string(minor) + ")");
-}
-
 xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(GemmAttributes attributes) {
   std::unique_ptr<GemmState> state;
   const xffi::Error status = Guarded([&] {
     const jit::Driver& driver = jit::GetDriver();
-    // XLA compiles for the device whose context is current.
-    CUdevice device = 0;
-    jit::Check(driver.cuCtxGetDevice(&device), "cuCtxGetDevice");
-    CheckDevice(driver, device);
-    int num_sms = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
-    if (attributes.num_sms > 0 && attributes.num_sms < num_sms) {
-      num_sms = static_cast<int>(attributes.num_sms);
-    }
-    const GemmProblem problem = {attributes.m, attributes.n, attributes.k, num_sms};
-    std::optional<GemmConfig> config;
-    if (attributes.block_m != 0) {
-      const auto narrow = [](int64_t value) { return static_cast<int>(value); };
-      config = GemmConfig{narrow(attributes.block_m),    narrow(attributes.block_n),
-                          narrow(attributes.num_stages), narrow(attributes.math_warpgroups),
-                          narrow(attributes.cluster_m),  narrow(attributes.cluster_n),
-                          narrow(attributes.cluster_k),  narrow(attributes.raster_m)};
-    }
-    const GemmConfig planned = PlanGemm(problem, config);
-    state = std::make_unique<GemmState>(
-        GemmState{problem, planned, &GetGemmKernel(problem, planned), &driver});
+    state = std::make_unique<GemmState>(attributes, driver);
+    // Compile now, where an error is the user's compile error; the kernel stays in the process.
+    state->Plan(CompileDevice(driver));
   });
   if (status.failure()) return xffi::Unexpected(status);
   return state;
 }
 
 xffi::Error Initialize(GemmState* state, int32_t device) {
-  return Guarded([&] { state->kernel->Prepare(device); });
+  return Guarded([&] { state->Prepare(device); });
 }
 
 CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const void* data) {
@@ -166,17 +210,19 @@ CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const v
   return map;
 }
 
-xffi::Error Execute(CUstream stream, GemmState* state, xffi::AnyBuffer a, xffi::AnyBuffer sfa,
-                    xffi::AnyBuffer b, xffi::AnyBuffer sfb, xffi::Result<xffi::AnyBuffer> d) {
+xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::AnyBuffer a,
+                    xffi::AnyBuffer sfa, xffi::AnyBuffer b, xffi::AnyBuffer sfb,
+                    xffi::Result<xffi::AnyBuffer> d) {
   return Guarded([&] {
-    GemmProblem problem = state->problem;
+    const DevicePlan& plan = state->plan(device);
+    GemmProblem problem = plan.problem;
     problem.m = a.dimensions()[0];
     if (problem.m == 0) return;
     if (a.dimensions()[1] != problem.k || b.dimensions()[0] != problem.n) {
       throw Error(ErrorCode::kInternal, "operands do not have the shapes of the plan");
     }
-    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, state->config, sfa.dimensions()[0]);
-    const jit::Driver& driver = *state->driver;
+    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config, sfa.dimensions()[0]);
+    const jit::Driver& driver = state->driver;
     CUtensorMap map_a = Encode(driver, specs.a, a.untyped_data());
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());
     CUtensorMap map_sfa = Encode(driver, specs.sfa, sfa.untyped_data());
@@ -184,21 +230,21 @@ xffi::Error Execute(CUstream stream, GemmState* state, xffi::AnyBuffer a, xffi::
     const void* scales_b = sfb.untyped_data();
     int m = static_cast<int>(problem.m);
     void* arguments[] = {&map_a, &map_b, &map_sfa, &map_d, &scales_b, &m};
-    state->kernel->Launch(stream, GridSize(problem, state->config), arguments);
+    plan.kernel->Launch(stream, GridSize(problem, plan.config), arguments);
   });
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
                        xffi::Ffi::BindInstantiate().Attr<GemmAttributes>("problem"));
 
-XLA_FFI_DEFINE_HANDLER(kInitialize, Initialize,
-                       xffi::Ffi::BindInitialize()
-                           .Ctx<xffi::State<GemmState>>()
-                           .Ctx<xffi::DeviceOrdinal>());
+XLA_FFI_DEFINE_HANDLER(
+    kInitialize, Initialize,
+    xffi::Ffi::BindInitialize().Ctx<xffi::State<GemmState>>().Ctx<xffi::DeviceOrdinal>());
 
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        xffi::Ffi::BindExecute()
                            .Ctx<xffi::PlatformStream<CUstream>>()
+                           .Ctx<xffi::DeviceOrdinal>()
                            .Ctx<xffi::State<GemmState>>()
                            .Arg<xffi::AnyBuffer>()
                            .Arg<xffi::AnyBuffer>()

@@ -89,14 +89,14 @@ nb::tuple Interleave(const nb::bytes& cubin) {
 }
 
 nb::dict Toolchain() {
-  const jit::Compiler& compiler = []() -> const jit::Compiler& {
+  const jit::Compiler* const compiler = [] {
     const nb::gil_scoped_release no_gil;
-    return jit::GetCompiler();
+    return &jit::GetCompiler();
   }();
   nb::dict result;
-  result["compiler"] = compiler.kind();
-  result["version"] = compiler.version();
-  result["path"] = compiler.path();
+  result["compiler"] = compiler->kind();
+  result["version"] = compiler->version();
+  result["path"] = compiler->path();
   result["cache_dir"] = jit::GetEnvironment().cache_dir;
   return result;
 }
@@ -143,6 +143,9 @@ void BindJit(nb::module_& m) {
       nb::arg("data"), "SHA-256 as hex digits.");
   m.def("toolchain", &Toolchain,
         "The kernel compiler, loaded if it is not yet: compiler, version, path, cache_dir.");
+  m.def(
+      "cache_dir", [] { return jit::GetEnvironment().cache_dir; },
+      "DG_CACHE_DIR or its default; empty when there is neither the variable nor a home folder.");
   m.def("cuda_devices", &CudaDevices,
         "One dict per GPU: name, ordinal, major, minor, num_sms, l2_bytes, memory_bytes, "
         "driver_version. Empty when libcuda is absent or reports no device; any other failure of "

@@ -7,12 +7,12 @@
 namespace dg {
 namespace {
 
-// TMA boxes have at most 256 rows.
-constexpr int kMaxBoxRows = 256;
-
 // Accumulator registers per thread (running totals of all waves and one wgmma result) that leave
 // room for addresses and scales: 232 registers per thread beside a producer, 255 alone.
 constexpr int kMaxAccumulators = 192;
+
+// The exchange of partial sums takes some more.
+constexpr int kMaxSplitKAccumulators = 176;
 
 constexpr int kMaxStages = 32;
 
@@ -53,6 +53,9 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
   if (warpgroups != 1 && warpgroups != 2) {
     return Sentence("math_warpgroups", warpgroups, "1 or 2");
   }
+  if (warpgroups == 1 && config.block_m > 128) {
+    return Sentence("block_m", config.block_m, "at most 128 with one math warpgroup");
+  }
   if (config.block_n < 16 || config.block_n > 256 || config.block_n % 8 != 0) {
     return Sentence("block_n", config.block_n, "a multiple of 8 between 16 and 256");
   }
@@ -90,22 +93,20 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
     }
   }
   const int accumulators = (smem.waves() + 1) * smem.warpgroup_n() / 2;
-  if (accumulators > kMaxAccumulators) {
+  const int limit = config.cluster_k > 1 ? kMaxSplitKAccumulators : kMaxAccumulators;
+  if (accumulators > limit) {
     return "a tile of " + std::to_string(config.block_m) + "x" + std::to_string(config.block_n) +
            " needs " + std::to_string(accumulators) + " accumulator registers per thread of " +
-           std::to_string(warpgroups) + " math warpgroups, the limit is " +
-           std::to_string(kMaxAccumulators);
-  }
-  if (config.block_m > kMaxBoxRows || config.block_n > kMaxBoxRows) {
-    return "a TMA box has at most 256 rows";
+           std::to_string(warpgroups) + " math warpgroups, the limit is " + std::to_string(limit);
   }
   if (config.num_stages < 2 || config.num_stages > kMaxStages) {
     return Sentence("num_stages", config.num_stages, "between 2 and " + std::to_string(kMaxStages));
   }
-  if (!smem.fits()) {
+  if (smem.total_bytes() > kMaxSmemBytes) {
     return Sentence("num_stages", config.num_stages,
-                    "small enough for the ring, and D's staging behind it, to fit into " +
-                        std::to_string(kMaxSmemBytes) + " bytes of shared memory");
+                    "small enough for " + std::to_string(kMaxSmemBytes) +
+                        " bytes of shared memory (this needs " +
+                        std::to_string(smem.total_bytes()) + ")");
   }
   if (config.raster_m < 1) return Sentence("raster_m", config.raster_m, "at least 1");
   return "";

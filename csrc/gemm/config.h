@@ -31,9 +31,7 @@ struct GemmConfig {
 
   int cluster_size() const { return cluster_m * cluster_n * cluster_k; }
   int threads() const { return kWarpgroupThreads * (1 + math_warpgroups); }
-  SmemLayout smem() const {
-    return {block_m, block_n, num_stages, math_warpgroups, cluster_k};
-  }
+  SmemLayout smem() const { return {block_m, block_n, num_stages, math_warpgroups, cluster_k}; }
 };
 
 bool operator==(const GemmConfig& a, const GemmConfig& b);

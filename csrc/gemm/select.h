@@ -15,7 +15,7 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem);
 // Estimated kernel time in microseconds. Meant for comparing configurations of one problem.
 double EstimateUs(const GemmProblem& problem, const GemmConfig& config);
 
-// The candidate with the lowest estimate; the first of them on a tie.
+// The candidate with the lowest estimate; on a tie the first, which is the one with taller tiles.
 GemmConfig SelectConfig(const GemmProblem& problem);
 
 }  // namespace dg

@@ -10,13 +10,13 @@ namespace dg {
 
 // A row-major matrix in global memory and the box of it that one TMA instruction moves.
 struct TensorMapSpec {
-  int element_bytes;    // 1: fp8, 2: bf16, 4: float32
-  int64_t columns;      // contiguous dimension
+  int element_bytes;  // 1: fp8, 2: bf16, 4: float32
+  int64_t columns;    // contiguous dimension
   int64_t rows;
   int64_t pitch_bytes;  // from one row to the next
   int box_columns;
   int box_rows;
-  int swizzle_bytes;    // 128, 64, 32, or 0 for none
+  int swizzle_bytes;  // 128, 64, 32, or 0 for none
 };
 
 struct TensorMapSpecs {

@@ -62,7 +62,6 @@ Driver LoadEntryPoints(void* library) {
   entry_points.Load(driver.cuCtxPopCurrent, "cuCtxPopCurrent", 4000);
   entry_points.Load(driver.cuCtxGetDevice, "cuCtxGetDevice", 2000);
   entry_points.Load(driver.cuLibraryLoadData, "cuLibraryLoadData", 12000);
-  entry_points.Load(driver.cuLibraryUnload, "cuLibraryUnload", 12000);
   entry_points.Load(driver.cuLibraryGetKernel, "cuLibraryGetKernel", 12000);
   entry_points.Load(driver.cuKernelGetFunction, "cuKernelGetFunction", 12000);
   entry_points.Load(driver.cuKernelSetAttribute, "cuKernelSetAttribute", 12000);
@@ -104,8 +103,15 @@ const Driver* FindDriver(std::string* absence) {
     return nullptr;
   }
   CheckWith(driver, result, "cuInit");
-  found = new Driver(driver);  // Never freed: kernels are unloaded through it at exit.
+  found = new Driver(driver);  // Never freed: kernels keep a pointer to it.
   return found;
+}
+
+std::string DeviceName(const Driver& driver, CUdevice device) {
+  std::array<char, 256> name = {};
+  Check(driver.cuDeviceGetName(name.data(), static_cast<int>(name.size()), device),
+        "cuDeviceGetName");
+  return name.data();
 }
 
 }  // namespace
@@ -123,6 +129,22 @@ void Check(CUresult result, const char* call) {
   if (result != CUDA_SUCCESS) CheckWith(GetDriver(), result, call);
 }
 
+int DeviceAttribute(const Driver& driver, CUdevice_attribute attribute, CUdevice device) {
+  int value = 0;
+  Check(driver.cuDeviceGetAttribute(&value, attribute, device), "cuDeviceGetAttribute");
+  return value;
+}
+
+void CheckHopper(const Driver& driver, CUdevice device) {
+  const int major = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
+  const int minor = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
+  if (major == 9 && minor == 0) return;
+  throw Error(ErrorCode::kUnimplemented,
+              "this kernel needs a Hopper GPU (sm_90: H100, H200, GH200), but device " +
+                  std::to_string(device) + " is " + DeviceName(driver, device) + " (sm_" +
+                  std::to_string(major) + std::to_string(minor) + ")");
+}
+
 std::vector<Device> ListDevices() {
   std::string absence;
   const Driver* driver = FindDriver(&absence);
@@ -136,16 +158,11 @@ std::vector<Device> ListDevices() {
     CUdevice handle = 0;
     Check(driver->cuDeviceGet(&handle, ordinal), "cuDeviceGet");
     const auto attribute = [&](CUdevice_attribute which) {
-      int value = 0;
-      Check(driver->cuDeviceGetAttribute(&value, which, handle), "cuDeviceGetAttribute");
-      return value;
+      return DeviceAttribute(*driver, which, handle);
     };
-    std::array<char, 256> name = {};
     std::size_t memory_bytes = 0;
-    Check(driver->cuDeviceGetName(name.data(), static_cast<int>(name.size()), handle),
-          "cuDeviceGetName");
     Check(driver->cuDeviceTotalMem(&memory_bytes, handle), "cuDeviceTotalMem");
-    devices.push_back({name.data(), ordinal,
+    devices.push_back({DeviceName(*driver, handle), ordinal,
                        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
                        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
                        attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),

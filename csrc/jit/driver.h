@@ -29,7 +29,6 @@ struct Driver {
   decltype(&::cuCtxPopCurrent) cuCtxPopCurrent;
   decltype(&::cuCtxGetDevice) cuCtxGetDevice;
   decltype(&::cuLibraryLoadData) cuLibraryLoadData;
-  decltype(&::cuLibraryUnload) cuLibraryUnload;
   decltype(&::cuLibraryGetKernel) cuLibraryGetKernel;
   decltype(&::cuKernelGetFunction) cuKernelGetFunction;
   decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
@@ -44,6 +43,12 @@ const Driver& GetDriver();
 
 // Throws Error "<call>: <code's name> (<description>)" unless `result` is CUDA_SUCCESS.
 void Check(CUresult result, const char* call);
+
+// One attribute of a device; throws Error.
+int DeviceAttribute(const Driver& driver, CUdevice_attribute attribute, CUdevice device);
+
+// Throws Error, with the device's name and compute capability, unless it runs sm_90a code.
+void CheckHopper(const Driver& driver, CUdevice device);
 
 // What the driver says about one GPU.
 struct Device {

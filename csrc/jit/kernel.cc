@@ -55,11 +55,6 @@ Kernel::Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, 
       threads_(threads),
       cluster_size_(cluster_size) {}
 
-Kernel::~Kernel() {
-  // The result is of no use here: at process exit the driver may be gone already.
-  if (library_ != nullptr) driver_->cuLibraryUnload(library_);
-}
-
 void Kernel::Prepare(int device) {
   if (device < 0 || device >= kMaxDevices) {
     throw Error(ErrorCode::kInvalidArgument, "device ordinal must be in 0.." +
@@ -75,6 +70,7 @@ void Kernel::Prepare(int device) {
   const Driver& driver = *driver_;
   CUdevice handle = 0;
   Check(driver.cuDeviceGet(&handle, device), "cuDeviceGet");
+  CheckHopper(driver, handle);
   const PrimaryContext context(driver, handle);
   if (library_ == nullptr) {
     Check(driver.cuLibraryLoadData(&library_, cubin_->image.data(), nullptr, nullptr, 0, nullptr,

@@ -16,21 +16,20 @@
 
 namespace dg::jit {
 
-// A kernel with its launch shape.
+// A kernel with its launch shape. Made once and kept until the process ends: its library is never
+// unloaded, because executables and captured graphs may launch it at any time.
 class Kernel {
  public:
   // `smem_bytes` is the dynamic shared memory per block, `threads` the block's size, `cluster_size`
   // the blocks per cluster along x (1: no clusters). Touches no driver.
   Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, int cluster_size);
 
-  // Unloads the library; no launch or captured graph may still need it.
-  ~Kernel();
-
   Kernel(const Kernel&) = delete;
   Kernel& operator=(const Kernel&) = delete;
 
   // Loads the code on a device and raises its shared-memory limit, so that launches, graph capture
   // included, load nothing. Idempotent and safe from many threads; one atomic load once prepared.
+  // Throws Error, also when the device is no Hopper GPU.
   void Prepare(int device);
 
   // Enqueues `grid` blocks on the stream, whose device must be prepared; `args` points to one

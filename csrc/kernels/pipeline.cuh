@@ -1,4 +1,5 @@
-// The ring of shared-memory stages between the producer and the math warpgroups.
+// The tile's geometry, and the ring of shared-memory stages between the producer and the math
+// warpgroups.
 //
 // Each stage has two mbarriers. `full`: the producer announces the stage's bytes (1 arrival), TMA
 // delivers them. `empty`: every math warp arrives once it no longer reads the stage; with multicast
@@ -6,6 +7,12 @@
 #pragma once
 
 namespace dg {
+
+constexpr SmemLayout kLayout = {config::kBlockM, config::kBlockN, config::kNumStages,
+                                config::kMathWarpgroups, config::kClusterK};
+constexpr int kWaves = kLayout.waves();
+constexpr int kAccumulators = kLayout.warpgroup_n() / 2;  // registers of one wave, per thread
+constexpr int kMulticast = config::kClusterM * config::kClusterN;  // CTAs that share a stage
 
 // A position in the ring; both sides step through it in the same order.
 class RingPosition {
@@ -29,8 +36,6 @@ class RingPosition {
 
 // Shared-memory addresses, from the dynamic window's base and the common layout.
 struct Smem {
-  static constexpr SmemLayout kLayout = {config::kBlockM, config::kBlockN, config::kNumStages,
-                                         config::kMathWarpgroups, config::kClusterK};
   uint32_t base;
 
   __device__ uint32_t a(int stage) const {
@@ -42,8 +47,8 @@ struct Smem {
   __device__ uint32_t sfa(int stage) const {
     return base + kLayout.sfa_offset() + stage * kLayout.sfa_bytes();
   }
-  __device__ uint32_t d(int warpgroup) const {
-    return base + kLayout.d_offset() + warpgroup * kLayout.store_slots() * kLayout.slot_bytes();
+  __device__ uint32_t d(int warpgroup, int wave) const {
+    return base + kLayout.d_offset() + (warpgroup * kLayout.waves() + wave) * kLayout.d_bytes();
   }
   __device__ uint32_t partial(int warpgroup, int slot) const {
     return base + kLayout.partial_offset() +
@@ -59,7 +64,9 @@ struct Smem {
   }
 
  private:
-  __device__ uint32_t barrier(int index) const { return base + kLayout.barrier_offset() + 8 * index; }
+  __device__ uint32_t barrier(int index) const {
+    return base + kLayout.barrier_offset() + 8 * index;
+  }
 };
 
 }  // namespace dg

@@ -23,6 +23,14 @@ __device__ __forceinline__ bool elect_sync() {
   return elected != 0;
 }
 
+// Volatile: read where it is used, so that what follows from it does not occupy registers
+// elsewhere.
+__device__ __forceinline__ int laneid() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 __device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -93,18 +101,19 @@ __device__ __forceinline__ float4 ld_shared_v4(uint32_t address) {
 __device__ __forceinline__ void st_async_v4(uint32_t remote_address, float x, float y, float z,
                                             float w, uint32_t remote_barrier) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
-      ::"r"(remote_address), "f"(x), "f"(y), "f"(z), "f"(w), "r"(remote_barrier)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(remote_address),
+      "f"(x), "f"(y), "f"(z), "f"(w), "r"(remote_barrier)
       : "memory");
 }
 
 // Four (two) 8x8 matrices of b16; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
                                             uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
 }
 
 __device__ __forceinline__ void stmatrix_x2(uint32_t address, uint32_t r0, uint32_t r1) {
@@ -211,10 +220,10 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t smem, const Tenso
 
 // Stores a box from shared memory at (x, y); what lies past the tensor's upper bounds is dropped.
 __device__ __forceinline__ void tma_store_2d(const TensorMap& map, uint32_t smem, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                   &map),
-               "r"(smem), "r"(x), "r"(y)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+      "r"(smem), "r"(x), "r"(y)
+      : "memory");
 }
 
 __device__ __forceinline__ void cp_async_bulk_commit_group() {

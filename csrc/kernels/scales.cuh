@@ -14,7 +14,7 @@ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 class ScalesB {
  public:
   static constexpr int kLanes = 32;
-  static constexpr int kColumns = Smem::kLayout.warpgroup_n();
+  static constexpr int kColumns = kLayout.warpgroup_n();
   // Columns between which the scale may change: tiles start at multiples of their width, so a
   // boundary of a 128-block falls only on multiples of this.
   static constexpr int kGranule = gcd(gcd(config::kBlockN, kColumns), 128);
@@ -23,13 +23,15 @@ class ScalesB {
 
   __device__ explicit ScalesB(const float* sfb) : sfb_(sfb) {}
 
-  // Starts loading the scales of columns n... for k-blocks first + lane.
-  __device__ void prefetch(int n, int first, int last, bool valid) {
-    const int k_block = first + static_cast<int>(threadIdx.x % kLanes);
+  // Starts loading the scales of columns n... for the k-blocks that come `first + lane`-th in the
+  // order of `range` from `start`.
+  __device__ void prefetch(const KRange& range, int n, int first, int start, bool valid) {
+    const int index = first + laneid();
+    const int k_block = range.block(index, start);
 #pragma unroll
     for (int i = 0; i < kScaleBlocks; ++i) {
       const int n_block = n / 128 + i;
-      const bool exists = valid && k_block < last && n_block < kRows;
+      const bool exists = valid && index < range.count() && n_block < kRows;
       next_[i] = exists ? __ldg(sfb_ + n_block * kKBlocks + k_block) : 0.0f;
     }
   }
@@ -50,7 +52,6 @@ class ScalesB {
 
  private:
   static constexpr int kRows = (config::kN + 127) / 128;
-  static constexpr int kKBlocks = (config::kK + 127) / 128;
 
   const float* sfb_;
   float current_[kScaleBlocks];

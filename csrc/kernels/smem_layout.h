@@ -6,8 +6,8 @@
 //
 //   offset 0   A ring        num_stages x [block_m rows x 128 bytes], 128-byte swizzle
 //              B ring        num_stages x [block_n rows x 128 bytes], 128-byte swizzle
-//              D staging     math_warpgroups x store_slots x [store_rows x store_cols] bf16,
-//                            swizzled by the width of a row
+//              D staging     math_warpgroups x waves x [store_rows x warpgroup_n] bf16, in boxes
+//                            of store_cols columns, swizzled by the width of a box's row
 //              partials      math_warpgroups x (cluster_k - 1) x [store_rows x warpgroup_n] f32
 //              SFA ring      num_stages x [block_m] f32
 //              barriers      full and empty per stage; two per math warpgroup with split-k
@@ -44,35 +44,31 @@ struct SmemLayout {
   // A warpgroup works through its rows in waves of 64: one wgmma accumulator serves all of them.
   constexpr int waves() const { return warpgroup_m() / kWgmmaM; }
 
+  // With a second set of accumulators the next wgmma runs while the last one's result is promoted.
+  // Where its registers do not fit beside the totals, the other warpgroup has to fill the gap.
+  constexpr bool overlaps_promotion() const { return (waves() + 2) * warpgroup_n() / 2 <= 192; }
+
   // Rows of a wave that one CTA stores: with split-k each CTA of the cluster owns a slice.
   constexpr int store_rows() const { return kWgmmaM / cluster_k; }
 
-  // D leaves in boxes of store_rows x store_cols through a ring of staging slots. The widest box
-  // (64 bf16 = one 128-byte swizzle row) makes the fewest stores; a narrower one lets more slots
-  // fit into what the A and B ring leaves, so that writing one does not wait for the last store.
+  // Columns of one store box: the widest swizzle (64 bf16 = 128 bytes) that divides the tile.
   constexpr int store_cols() const {
     int cols = 64;
-    while (warpgroup_n() % cols != 0 || (cols > 32 && slots_that_fit(cols) < wanted_slots(cols))) {
-      cols /= 2;
-    }
+    while (warpgroup_n() % cols != 0) cols /= 2;
     return cols;
   }
-  constexpr int store_slots() const { return slots_that_fit(store_cols()); }
-
-  // Whether the rings leave room for D.
-  constexpr bool fits() const { return store_slots() >= wanted_slots(store_cols()); }
 
   constexpr int a_bytes() const { return block_m * kBlockK; }
   constexpr int b_bytes() const { return block_n * kBlockK; }
   constexpr int sfa_bytes() const { return block_m * 4; }
-  constexpr int slot_bytes() const { return box_bytes(store_cols()); }
+  constexpr int d_bytes() const { return store_rows() * warpgroup_n() * 2; }
   constexpr int partial_bytes() const { return store_rows() * warpgroup_n() * 4; }
 
   constexpr int a_offset() const { return 0; }
   constexpr int b_offset() const { return a_offset() + num_stages * a_bytes(); }
   constexpr int d_offset() const { return b_offset() + num_stages * b_bytes(); }
   constexpr int partial_offset() const {
-    return d_offset() + math_warpgroups * store_slots() * slot_bytes();
+    return d_offset() + math_warpgroups * waves() * d_bytes();
   }
   constexpr int sfa_offset() const {
     return partial_offset() + math_warpgroups * (cluster_k - 1) * partial_bytes();
@@ -82,21 +78,6 @@ struct SmemLayout {
     return 2 * num_stages + (cluster_k > 1 ? 2 * math_warpgroups : 0);
   }
   constexpr int total_bytes() const { return barrier_offset() + 8 * num_barriers(); }
-
- private:
-  constexpr int num_boxes(int cols) const { return waves() * warpgroup_n() / cols; }
-  constexpr int box_bytes(int cols) const { return store_rows() * cols * 2; }
-
-  // Enough for one slot to be written while the stores of two others read theirs.
-  constexpr int wanted_slots(int cols) const { return num_boxes(cols) < 3 ? num_boxes(cols) : 3; }
-
-  // Slots per warpgroup, one per box of the tile at most.
-  constexpr int slots_that_fit(int cols) const {
-    const int others = num_stages * (a_bytes() + b_bytes() + sfa_bytes()) +
-                       math_warpgroups * (cluster_k - 1) * partial_bytes() + 8 * num_barriers();
-    const int fit = (kMaxSmemBytes - others) / (math_warpgroups * box_bytes(cols));
-    return fit < num_boxes(cols) ? fit : num_boxes(cols);
-  }
 };
 
 }  // namespace dg

@@ -12,7 +12,6 @@ namespace dg {
 class SplitK {
  public:
   static constexpr int kRanks = config::kClusterK;
-  static constexpr int kRegisters = Smem::kLayout.warpgroup_n() / 2;
   static constexpr int kWarpsPerRank = 4 / kRanks;
 
   __device__ SplitK(const Smem& smem, int warpgroup, int warp)
@@ -25,15 +24,21 @@ class SplitK {
   // Whether this warp holds rows that this CTA stores, and where they begin in its slice.
   __device__ bool owns() const { return warp_ / kWarpsPerRank == rank_; }
   __device__ int row() const { return warp_ % kWarpsPerRank * 16; }
-  __device__ int first_row() const { return rank_ * Smem::kLayout.store_rows(); }
+  __device__ int first_row() const { return rank_ * kLayout.store_rows(); }
 
   // Barriers' arrivals per phase.
   static constexpr int kFullArrivals = 1;
   static constexpr int kEmptyArrivals = (kRanks - 1) * kWarpsPerRank;
 
   // Exchanges partial sums; afterwards the owning warps' `total` is the sum over the cluster.
-  __device__ void reduce(float (&total)[kRegisters]) {
-    constexpr uint32_t kBytes = (kRanks - 1) * Smem::kLayout.partial_bytes();
+  // `more` says whether another tile follows: after the last one peers may already have left, so
+  // nothing is sent that they do not wait for.
+  __device__ void reduce(float (&total)[kAccumulators], bool more) {
+    constexpr uint32_t kBytes = (kRanks - 1) * kLayout.partial_bytes();
+    if (!joined_) {
+      barrier_cluster_wait();  // the peers' barriers exist
+      joined_ = true;
+    }
     if (threadIdx.x % kWarpgroupThreads == 0) mbarrier_arrive_expect_tx(full_, kBytes);
     if (!owns()) {
       mbarrier_wait(empty_, parity_ ^ 1);
@@ -44,13 +49,13 @@ class SplitK {
       const int lane = threadIdx.x % 32;
       __syncwarp();
       // Tell the senders that their slots are free.
-      if (lane < kRanks && lane != rank_) mbarrier_arrive_remote(mapa(empty_, lane));
+      if (more && lane < kRanks && lane != rank_) mbarrier_arrive_remote(mapa(empty_, lane));
     }
     parity_ ^= 1;
   }
 
  private:
-  static constexpr int kWarpBytes = kRegisters * 32 * 4;
+  static constexpr int kWarpBytes = kAccumulators * 32 * 4;
   static constexpr int kSlotBytes = kWarpsPerRank * kWarpBytes;
 
   // Four registers of all lanes lie side by side: 16-byte accesses without bank conflicts.
@@ -59,21 +64,21 @@ class SplitK {
            threadIdx.x % 32 * 16;
   }
 
-  __device__ void send(const float (&total)[kRegisters]) const {
+  __device__ void send(const float (&total)[kAccumulators]) const {
     const int owner = warp_ / kWarpsPerRank;
     const int slot = rank_ < owner ? rank_ : rank_ - 1;  // the owner has no slot
     const uint32_t remote_full = mapa(full_, owner);
     const uint32_t remote = mapa(address(slot, 0), owner);
 #pragma unroll
-    for (int quad = 0; quad < kRegisters / 4; ++quad) {
+    for (int quad = 0; quad < kAccumulators / 4; ++quad) {
       const float* v = total + 4 * quad;
       st_async_v4(remote + quad * 512, v[0], v[1], v[2], v[3], remote_full);
     }
   }
 
-  __device__ void receive(float (&total)[kRegisters]) const {
+  __device__ void receive(float (&total)[kAccumulators]) const {
 #pragma unroll
-    for (int quad = 0; quad < kRegisters / 4; ++quad) {
+    for (int quad = 0; quad < kAccumulators / 4; ++quad) {
       float4 own = {total[4 * quad], total[4 * quad + 1], total[4 * quad + 2], total[4 * quad + 3]};
       float4 sum = {};
 #pragma unroll
@@ -98,6 +103,7 @@ class SplitK {
   int rank_;
   int warp_;
   uint32_t parity_ = 0;
+  bool joined_ = false;
 };
 
 }  // namespace dg

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import jax_deepgemm
 from jax_deepgemm.cli import machine, tables
-from jax_deepgemm.ffi import toolchain
+from jax_deepgemm.ffi import _native, toolchain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +38,24 @@ def run(args: argparse.Namespace) -> int:
     for name, value in sorted(os.environ.items()):
         if name.startswith("DG_"):
             table.add_row(name, value)
-    cache = Path(os.environ.get("DG_CACHE_DIR") or Path.home() / ".jax_deepgemm")
-    sizes = {path: path.stat().st_size for path in sorted(cache.rglob("*")) if path.is_file()}
-    table.add_row("cache", f"{cache}: {len(sizes)} files, {sum(sizes.values())} bytes")
+    cache = _native.cache_dir()
+    sizes = _file_sizes(Path(cache)) if cache else {}
+    table.add_row(
+        "cache",
+        f"{cache}: {len(sizes)} files, {sum(sizes.values())} bytes"
+        if cache
+        else "none: neither DG_CACHE_DIR nor HOME is set",
+    )
     tables.console.print(table)
     for path, size in sizes.items():
-        print(f"{size:>10}  {path.relative_to(cache)}")
+        print(f"{size:>10}  {path}")
     return 0
+
+
+def _file_sizes(folder: Path) -> dict[Path, int]:
+    """Bytes of every file below a folder, by its path there."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder): path.stat().st_size for path in files}
 
 
 def _or_error(describe: Callable[[], str]) -> str:

@@ -5,6 +5,7 @@ compiled.
 """
 
 import dataclasses
+import importlib.metadata
 import pathlib
 import re
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ def _check_api_version(built: tuple[int, int], runtime: tuple[int, int]) -> None
     if built > runtime:
         raise ImportError(
             f"jax_deepgemm was built against XLA FFI API {built[0]}.{built[1]}, which jaxlib "
-            f"{jaxlib.__version__} (API {runtime[0]}.{runtime[1]}) does not accept: upgrade jaxlib "
+            f"{importlib.metadata.version('jaxlib')} (API {runtime[0]}.{runtime[1]}) does not "
+            "accept: upgrade jaxlib "
             "(pip install -U jax jaxlib) or reinstall jax_deepgemm with "
             "`pip install --force-reinstall --no-cache-dir jax_deepgemm`"
         )

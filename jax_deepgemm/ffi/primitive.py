@@ -80,7 +80,8 @@ def declare(
         # transpose (a psum) belongs.
         varying = _varying([jax.typeof(operand) for operand in operands])
         cast = [_cast_to_varying(operand, varying) for operand in operands]
-        return primitive.bind(*cast, **parameters)
+        output: jax.Array = primitive.bind(*cast, **parameters)
+        return output
 
     if batching_rule is not None:
         rule = batching_rule

@@ -1,0 +1,310 @@
+"""Kernel selection and the rules of legality; no GPU is needed."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jax_deepgemm
+from jax_deepgemm import GemmConfig, ffi, legal_configs, select_config, smem_bytes
+from jax_deepgemm.cli.shapes import NAMED_SHAPES
+from jax_deepgemm.ffi import _native
+
+MAX_SMEM_BYTES = 232_448  # of one block on sm_90
+
+# What the rules are tried on: every field has room to move.
+PROBLEM = (333, 776, 1040)
+BASE = GemmConfig(block_m=64, block_n=64, num_stages=4, math_warpgroups=1)
+
+AWKWARD = [
+    (0, 8, 16),
+    (1, 8, 16),
+    (1, 24, 128),
+    (7, 136, 144),
+    (333, 776, 1040),
+    (4097, 1096, 656),
+    (100_000, 129_280, 7168),
+]
+ALL_SHAPES = [*NAMED_SHAPES["seed"], *NAMED_SHAPES["decode"], *AWKWARD]
+every_shape = pytest.mark.parametrize(
+    ("m", "n", "k"), [pytest.param(*s, id="m{}-n{}-k{}".format(*s)) for s in ALL_SHAPES]
+)
+
+shapes = st.tuples(
+    st.integers(0, 70_000),
+    st.integers(1, 4096).map(lambda blocks: 8 * blocks),
+    st.integers(1, 1024).map(lambda blocks: 16 * blocks),
+)
+
+
+def check_selection(m: int, n: int, k: int, num_sms: int) -> None:
+    candidates = legal_configs(m, n, k, num_sms=num_sms)
+    assert len(set(candidates)) == len(candidates) > 0
+    for config in candidates:
+        assert _native.why_illegal(m, n, k, num_sms, config.fields) == ""
+        assert smem_bytes(config) <= MAX_SMEM_BYTES
+        assert config.cluster_m * config.cluster_n * config.cluster_k <= num_sms
+
+    selected = select_config(m, n, k, num_sms=num_sms)
+    assert selected == select_config(m, n, k, num_sms=num_sms)
+    # The first of those with the lowest estimate.
+    estimates = [_native.estimate_us(m, n, k, num_sms, config.fields) for config in candidates]
+    assert min(estimates) > 0
+    assert selected == candidates[estimates.index(min(estimates))]
+
+
+# --- Selection -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 66, 114, 132], ids="sms{}".format)
+@every_shape
+def test_selects_the_best_of_legal_candidates(m: int, n: int, k: int, num_sms: int) -> None:
+    check_selection(m, n, k, num_sms)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, num_sms=st.integers(1, 160))
+def test_selects_for_random_shapes(shape: tuple[int, int, int], num_sms: int) -> None:
+    check_selection(*shape, num_sms)
+
+
+def test_default_is_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither the machine's GPU nor the limit of set_num_sms matters.
+    monkeypatch.setattr(_native, "cuda_devices", lambda: pytest.fail("looked for a GPU"))
+    monkeypatch.setattr("jax_deepgemm.device._num_sms_limit", 3)
+    for shape in ALL_SHAPES:
+        assert select_config(*shape) == select_config(*shape, num_sms=132)
+        assert legal_configs(*shape) == legal_configs(*shape, num_sms=132)
+
+
+def test_candidates_are_of_every_kind() -> None:
+    configs = legal_configs(4096, 4096, 7168)
+    for name, values in {
+        "block_m": {64, 128, 256},
+        "math_warpgroups": {1, 2},
+        "cluster_m": {1, 2},
+        "cluster_n": {1, 2},
+        "cluster_k": {1, 2, 4},
+    }.items():
+        assert {getattr(config, name) for config in configs} == values
+    assert any(config.block_n & (config.block_n - 1) for config in configs)
+
+
+@pytest.mark.parametrize("function", [select_config, legal_configs])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 8, 16, 132), "m must be between 0 and 2^31 - 65536, got -1"),
+        ((2**31, 8, 16, 132), "m must be between 0 and 2^31 - 65536, got 2147483648"),
+        ((1, 12, 16, 132), "n must be a positive multiple of 8, got 12"),
+        ((1, 0, 16, 132), "n must be a positive multiple of 8, got 0"),
+        ((1, -8, 16, 132), "n must be a positive multiple of 8, got -8"),
+        ((1, 8, 24, 132), "k must be a positive multiple of 16, got 24"),
+        ((1, 8, 0, 132), "k must be a positive multiple of 16, got 0"),
+        ((1, 8, 16, 0), "num_sms must be at least 1, got 0"),
+        ((1, 8, 16, -5), "num_sms must be at least 1, got -5"),
+    ],
+    ids=str,
+)
+def test_unsupported_problem(
+    function: Any, arguments: tuple[int, int, int, int], message: str
+) -> None:
+    *shape, num_sms = arguments
+    with pytest.raises(ValueError) as raised:
+        function(*shape, num_sms=num_sms)
+    assert str(raised.value) == f"{function.__name__}: {message}"
+
+
+# --- Legality ------------------------------------------------------------------------------------
+
+
+def why_illegal(k: int = PROBLEM[2], num_sms: int = 132, **changes: int) -> str:
+    m, n, _ = PROBLEM
+    config = dataclasses.replace(BASE, **changes)
+    why: str = _native.why_illegal(m, n, k, num_sms, config.fields)
+    return why
+
+
+RULES: list[tuple[dict[str, int], str]] = [
+    ({"block_m": 96}, "block_m must be 64, 128 or 256, got 96"),
+    ({"block_m": 512}, "block_m must be 64, 128 or 256, got 512"),
+    ({"math_warpgroups": 0}, "math_warpgroups must be 1 or 2, got 0"),
+    ({"math_warpgroups": 3}, "math_warpgroups must be 1 or 2, got 3"),
+    ({"block_n": 8}, "block_n must be a multiple of 8 between 16 and 256, got 8"),
+    ({"block_n": 20}, "block_n must be a multiple of 8 between 16 and 256, got 20"),
+    ({"block_n": 264}, "block_n must be a multiple of 8 between 16 and 256, got 264"),
+    (
+        {"block_n": 72, "math_warpgroups": 2},
+        "block_n must be a multiple of 16 where two warpgroups split 64-row tiles by columns, "
+        "got 72",
+    ),
+    (
+        {"cluster_m": 2, "cluster_n": 2},
+        "only one of cluster_m, cluster_n and cluster_k may be above 1",
+    ),
+    (
+        {"cluster_m": 2, "cluster_k": 2},
+        "only one of cluster_m, cluster_n and cluster_k may be above 1",
+    ),
+    ({"cluster_m": 3}, "cluster_m must be 1 or 2, got 3"),
+    ({"cluster_n": 4}, "cluster_n must be 1 or 2, got 4"),
+    ({"cluster_k": 3}, "cluster_k must be 1, 2 or 4, got 3"),
+    ({"cluster_k": 8}, "cluster_k must be 1, 2 or 4, got 8"),
+    (
+        {"cluster_k": 4, "num_sms": 3},
+        "a cluster of 4 CTAs needs as many SMs, but num_sms is 3",
+    ),
+    (
+        {"cluster_m": 2, "block_n": 72},
+        "block_n must be a multiple of 16 with cluster_m = 2: each CTA loads whole 8-row groups, "
+        "got 72",
+    ),
+    ({"cluster_k": 2, "block_m": 128}, "cluster_k > 1 needs 64 rows per math warpgroup"),
+    (
+        {"cluster_k": 4, "k": 384},
+        "cluster_k must be at most the number of k-blocks (3), got 4",
+    ),
+    (
+        {"block_m": 128, "block_n": 256, "math_warpgroups": 2},
+        "a tile of 128x256 needs 256 accumulator registers per thread of 2 math warpgroups, "
+        "the limit is 192",
+    ),
+    # Four waves of 64 rows each: the kernel has one or two.
+    ({"block_m": 256}, "block_m must be at most 128 with one math warpgroup, got 256"),
+    (
+        {"block_n": 200},
+        "a tile of 64x200 needs 200 accumulator registers per thread of 1 math warpgroups, "
+        "the limit is 192",
+    ),
+    ({"num_stages": 1}, "num_stages must be between 2 and 32, got 1"),
+    ({"num_stages": 33}, "num_stages must be between 2 and 32, got 33"),
+    ({"raster_m": 0}, "raster_m must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [pytest.param(*rule, id="-".join(f"{k}{v}" for k, v in rule[0].items())) for rule in RULES],
+)
+def test_rule(changes: dict[str, int], message: str) -> None:
+    assert why_illegal() == ""
+    assert why_illegal(**changes) == message
+
+
+def test_rule_of_shared_memory() -> None:
+    why = why_illegal(num_stages=16)
+    assert why.startswith("num_stages must be small enough for ")
+    assert f"{MAX_SMEM_BYTES} bytes of shared memory" in why
+    assert why.endswith(", got 16")
+
+
+def test_just_inside_the_rules() -> None:
+    for changes in (
+        {"block_n": 72},
+        {"block_n": 80, "math_warpgroups": 2},
+        {"block_n": 72, "block_m": 128, "math_warpgroups": 2},
+        {"block_n": 80, "cluster_m": 2},
+        {"block_n": 72, "cluster_n": 2},
+        {"block_n": 192},
+        {"block_n": 256, "math_warpgroups": 2, "num_stages": 3},
+        {"block_m": 128, "block_n": 192, "math_warpgroups": 2},
+        {"block_m": 256, "block_n": 128, "math_warpgroups": 2, "num_stages": 2},
+        {"cluster_k": 4, "k": 512},
+        {"cluster_k": 4, "num_sms": 4},
+        {"num_stages": 2},
+        {"num_stages": 12},
+        {"raster_m": 1000},
+    ):
+        assert why_illegal(**changes) == ""
+
+
+def test_native_fields_are_in_the_order_of_the_dataclass() -> None:
+    # Each rule names the field that it is about.
+    bad = {
+        "block_m": 96,
+        "block_n": 8,
+        "num_stages": 1,
+        "math_warpgroups": 3,
+        "cluster_m": 0,
+        "cluster_n": 0,
+        "cluster_k": 0,
+        "raster_m": 0,
+    }
+    assert list(bad) == [field.name for field in dataclasses.fields(GemmConfig)]
+    for name, value in bad.items():
+        assert why_illegal(**{name: value}).startswith(f"{name} must be ")
+        assert why_illegal(**{name: value}).endswith(f", got {value}")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.builds(
+        GemmConfig,
+        block_m=st.sampled_from([64, 128, 256]),
+        block_n=st.integers(2, 32).map(lambda blocks: 8 * blocks),
+        num_stages=st.integers(1, 33),
+        math_warpgroups=st.sampled_from([1, 2]),
+        cluster_m=st.sampled_from([1, 2]),
+        cluster_n=st.sampled_from([1, 2]),
+        cluster_k=st.sampled_from([1, 2, 4]),
+        raster_m=st.integers(1, 64),
+    )
+)
+def test_legal_configs_fit(config: GemmConfig) -> None:
+    legal = _native.why_illegal(*PROBLEM, 132, config.fields) == ""
+    if legal:
+        assert 0 < smem_bytes(config) <= MAX_SMEM_BYTES
+    # The operation, the compiler and the rules agree.
+    rejected = None
+    try:
+        _native.kernel_source(*PROBLEM[1:], 132, config.fields)
+    except RuntimeError as error:
+        rejected = str(error)
+    assert legal == (rejected is None)
+
+
+# Corners of what the rules allow and selection never asks for.
+CORNERS = [
+    GemmConfig(64, 192, 2, 1),
+    GemmConfig(64, 256, 2, 2),
+    GemmConfig(64, 16, 16, 1, raster_m=1),
+    GemmConfig(64, 16, 2, 2, cluster_k=4),
+    GemmConfig(64, 128, 4, 1, cluster_k=2),
+    GemmConfig(128, 64, 2, 1, cluster_m=2),
+    GemmConfig(128, 128, 2, 1),
+    GemmConfig(128, 128, 2, 2, cluster_k=2),
+    GemmConfig(128, 24, 2, 2, cluster_n=2),
+    GemmConfig(256, 128, 2, 2, cluster_m=2),
+]
+
+
+@pytest.mark.parametrize("config", CORNERS, ids=lambda c: "-".join(map(str, c.fields)))
+def test_what_is_legal_compiles(config: GemmConfig) -> None:
+    assert _native.why_illegal(*PROBLEM, 132, config.fields) == ""
+    report = ffi.compile_kernel(*PROBLEM[1:], config)
+    assert (report.spill_bytes, report.stack_bytes) == (0, 0)
+    assert not report.wgmma_serialized
+    assert report.smem_bytes == smem_bytes(config)
+
+
+# --- The dataclass -------------------------------------------------------------------------------
+
+
+def test_config_is_a_value() -> None:
+    config = select_config(*PROBLEM)
+    assert GemmConfig(*config.fields) == config
+    assert hash(GemmConfig(*config.fields)) == hash(config)
+    assert config != dataclasses.replace(config, raster_m=config.raster_m + 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.block_m = 64  # type: ignore[misc]
+    assert all(type(field) is int for field in config.fields)
+
+
+def test_smem_bytes_counts_the_rings() -> None:
+    # One more stage: A and B in fp8, SFA in float32, and two barriers of 8 bytes.
+    deeper = dataclasses.replace(BASE, num_stages=BASE.num_stages + 1)
+    stage = (BASE.block_m + BASE.block_n) * 128 + BASE.block_m * 4 + 2 * 8
+    assert smem_bytes(deeper) - smem_bytes(BASE) == stage
+    assert jax_deepgemm.smem_bytes is smem_bytes

@@ -1,0 +1,72 @@
+"""Runs the dense kernel on a few small problems, for NVIDIA's compute-sanitizer.
+
+No pytest file: run it from the repository's root, on a Hopper GPU, under each of the four tools
+(`pip install nvidia-cuda-sanitizer-api` brings them where there is no CUDA toolkit):
+
+    export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer=
+    check="compute-sanitizer --kernel-name kernel_substring=dg_gemm --error-exitcode 1"
+    $check --tool memcheck --check-tensor-ops yes --padding 512 python -m tests.gpu.sanitize
+    $check --tool racecheck python -m tests.gpu.sanitize
+    $check --tool synccheck python -m tests.gpu.sanitize
+    $check --tool initcheck python -m tests.gpu.sanitize
+
+The allocator makes every array an allocation of its own, whose ends memcheck then knows; the flag
+keeps launches out of CUDA graphs; the kernel's name keeps XLA's own kernels from being checked,
+which would take most of the time; --check-tensor-ops covers the TMA loads and stores. The cases
+are few and small because the tools slow kernels down a hundredfold.
+
+Prints the number of cases and the worst error of a row. The exit status is 1 if a result is wrong.
+"""
+
+import functools
+import sys
+
+import jax
+
+import jax_deepgemm
+from jax_deepgemm import GemmConfig
+from tests import numerics
+
+# Few enough that every CTA walks through several tiles, enough for a cluster of four.
+NUM_SMS = 8
+
+# See ROW_TOLERANCE in test_gemm.py.
+MAX_ERROR = 1e-5
+
+# One of each structure: warpgroups, waves, column split, multicast, split-k; sizes that are no
+# multiples of the tile, n of 128 or k of 128.
+CASES = [
+    ((130, 136, 304), GemmConfig(64, 64, 4, 1)),
+    ((130, 136, 304), GemmConfig(128, 64, 2, 1)),
+    ((333, 264, 400), GemmConfig(64, 112, 4, 2)),
+    ((333, 392, 144), GemmConfig(128, 72, 3, 2, raster_m=1)),
+    ((333, 392, 272), GemmConfig(256, 128, 3, 2)),
+    ((333, 264, 400), GemmConfig(128, 96, 3, 2, cluster_m=2)),
+    ((200, 264, 400), GemmConfig(64, 64, 3, 1, cluster_n=2)),
+    ((333, 392, 272), GemmConfig(256, 64, 3, 2, cluster_n=2)),
+    ((130, 264, 656), GemmConfig(64, 64, 2, 1, cluster_k=2)),
+    ((200, 264, 656), GemmConfig(128, 112, 3, 2, cluster_k=4)),
+    ((130, 8, 16), None),
+]
+
+
+def main() -> int:
+    """Runs all cases and returns the exit status."""
+    jax_deepgemm.set_num_sms(NUM_SMS)
+    print(f"running on {jax_deepgemm.backend()}")
+    worst = 0.0
+    for (m, n, k), config in CASES:
+        operands = numerics.dense_operands(m, n, k, seed=0)
+        a, sfa, b, sfb = map(jax.device_put, operands)
+        gemm = functools.partial(jax_deepgemm.gemm_fp8_fp8_bf16_nt, config=config)
+        d = jax.jit(gemm)((a, sfa), (b, sfb))
+        error = numerics.worst_row_error(d, numerics.dense_oracle(operands))
+        if error >= MAX_ERROR:
+            print(f"wrong: m={m} n={n} k={k} {config}: error {error:.2g}")
+        worst = max(worst, error)
+    print(f"{len(CASES)} cases, worst error of a row {worst:.2g} (limit {MAX_ERROR:.0e})")
+    return int(worst >= MAX_ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

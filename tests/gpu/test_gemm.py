@@ -1,0 +1,488 @@
+"""The dense kernel on a Hopper GPU against float64, its memory behaviour and its repeatability.
+
+Everything that the listed cases need is compiled beforehand, in threads (`compiled_ahead`).
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import jax_deepgemm
+from jax_deepgemm import GemmConfig, device, gemm_fp8_fp8_bf16_nt
+from jax_deepgemm.cli.shapes import NAMED_SHAPES
+from tests import numerics
+
+# Largest error of one row. Rounding to bf16 gives a row of few values up to 7.6e-6; one wrong value
+# among the 32768 of the longest row here gives 1.5e-5.
+ROW_TOLERANCE = 1e-5
+
+# Largest error of one value beyond its rounding to bf16, in parts of its row's root mean square.
+# The tensor cores keep 14 bits of the products of 32 values of k, aligned to the largest of them.
+VALUE_TOLERANCE = 0.02
+
+# Finite, and far from every result here: an element that the kernel does not write is seen.
+SENTINEL = 16384.0
+
+# XLA's own matrix products are oracles here, so the time to tune them is wasted.
+UNTUNED = {"xla_gpu_autotune_level": 0}
+
+
+class Case(NamedTuple):
+    """One problem, the kernel for it (None: the selected one) and the SM limit (0: none)."""
+
+    m: int
+    n: int
+    k: int
+    config: GemmConfig | None = None
+    num_sms: int = 0
+
+
+def case_id(case: Case) -> str:
+    text = f"m{case.m}-n{case.n}-k{case.k}"
+    if case.config:
+        c = case.config
+        tile = f"{c.block_m}x{c.block_n}-s{c.num_stages}-w{c.math_warpgroups}"
+        text += f"-{tile}-c{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-r{c.raster_m}"
+    return text + (f"-sms{case.num_sms}" if case.num_sms else "")
+
+
+def operand_shapes(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
+    k_blocks = numerics.ceil_div(k, 128)
+    return [
+        jax.ShapeDtypeStruct((m, k), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((m, k_blocks), jnp.float32),
+        jax.ShapeDtypeStruct((n, k), jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((numerics.ceil_div(n, 128), k_blocks), jnp.float32),
+    ]
+
+
+_limit_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def sm_limit(num_sms: int) -> Iterator[None]:
+    """Sets the limit (0: none) for what this thread traces, and puts the old one back."""
+    with _limit_lock:
+        before = device.num_sms_limit()
+        device._num_sms_limit = 0
+        if num_sms:
+            jax_deepgemm.set_num_sms(num_sms)
+        try:
+            yield
+        finally:
+            device._num_sms_limit = before
+
+
+def flat(a: Any, sfa: Any, b: Any, sfb: Any, config: GemmConfig | None = None) -> jax.Array:
+    return gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb), config=config)
+
+
+@functools.cache
+def build(case: Case) -> Callable[..., jax.Array]:
+    """The jitted operation for one case, compiled."""
+    function = functools.partial(flat, config=case.config)
+    with sm_limit(case.num_sms):
+        lowered = jax.jit(function).lower(*operand_shapes(case.m, case.n, case.k))
+    return lowered.compile()
+
+
+def check(d: jax.Array, operands: numerics.DenseOperands) -> None:
+    """Compares every element with the float64 product, on the host."""
+    expected = numerics.dense_oracle(operands)
+    assert d.dtype == jnp.bfloat16
+    assert d.shape == expected.shape
+    assert numerics.worst_row_error(d, expected) < ROW_TOLERANCE
+    excess = np.abs(np.asarray(d).astype(np.float64) - expected) - np.abs(expected) / 256
+    rms = np.sqrt(np.square(expected).mean(axis=1, keepdims=True))
+    assert (excess <= VALUE_TOLERANCE * rms).all()
+    if expected.size > 1000:  # Fewer values may all be rounded unluckily.
+        assert numerics.error(d, expected) < numerics.BF16_TOLERANCE
+
+
+def bits(d: jax.Array) -> bytes:
+    return np.asarray(d).tobytes()
+
+
+# --- Cases ---------------------------------------------------------------------------------------
+
+SEED_CASES = [
+    Case(m, n, k) for m, n, k in sorted(NAMED_SHAPES["seed"], key=lambda s: (s[1:], s[0]))
+]
+
+EDGE_CASES = [
+    Case(m, n, k)
+    for n, k in [(1096, 1040), (136, 304), (8, 16)]
+    for m in [0, 1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 333, 1000, 4097]
+]
+
+# Every structure that the kernel can take on.
+CONFIGS = [
+    # One math warpgroup.
+    GemmConfig(64, 64, 4, 1),
+    GemmConfig(64, 16, 16, 1),
+    GemmConfig(64, 72, 4, 1, raster_m=1),
+    GemmConfig(64, 192, 3, 1),
+    # One warpgroup with two waves.
+    GemmConfig(128, 64, 3, 1),
+    GemmConfig(128, 128, 2, 1),
+    # Two warpgroups that split columns.
+    GemmConfig(64, 16, 8, 2),
+    GemmConfig(64, 112, 4, 2),
+    GemmConfig(64, 256, 4, 2),
+    # Two warpgroups that split rows, one wave each.
+    GemmConfig(128, 16, 6, 2),
+    GemmConfig(128, 56, 4, 2),
+    GemmConfig(128, 112, 3, 2, raster_m=3),
+    GemmConfig(128, 136, 4, 2),
+    GemmConfig(128, 176, 4, 2),
+    GemmConfig(128, 192, 2, 2, raster_m=1),
+    # Two waves each.
+    GemmConfig(256, 40, 3, 2),
+    GemmConfig(256, 64, 4, 2),
+    GemmConfig(256, 96, 3, 2),
+    GemmConfig(256, 128, 3, 2, raster_m=3),
+    # Multicast of B.
+    GemmConfig(64, 48, 4, 1, cluster_m=2),
+    GemmConfig(64, 96, 4, 2, cluster_m=2),
+    GemmConfig(128, 128, 4, 2, cluster_m=2, raster_m=1),
+    GemmConfig(128, 176, 3, 2, cluster_m=2),
+    GemmConfig(256, 64, 3, 2, cluster_m=2),
+    # Multicast of A.
+    GemmConfig(64, 64, 4, 1, cluster_n=2),
+    GemmConfig(64, 176, 4, 2, cluster_n=2, raster_m=3),
+    GemmConfig(128, 56, 2, 2, cluster_n=2),
+    GemmConfig(128, 112, 4, 2, cluster_n=2),
+    GemmConfig(256, 128, 3, 2, cluster_n=2),
+    # Split-k.
+    GemmConfig(64, 64, 4, 1, cluster_k=2),
+    GemmConfig(64, 56, 3, 1, cluster_k=4),
+    GemmConfig(64, 112, 4, 2, cluster_k=4),
+    GemmConfig(64, 256, 3, 2, cluster_k=2),
+    GemmConfig(128, 96, 2, 2, cluster_k=2),
+    GemmConfig(128, 136, 3, 2, cluster_k=4, raster_m=1),
+]
+
+# The second time on 7 SMs: every CTA walks through many tiles, and does not divide them evenly.
+CONFIG_CASES = [
+    case
+    for config in CONFIGS
+    for case in (Case(333, 776, 1040, config), Case(333, 776, 5 * 128 + 16, config, num_sms=7))
+]
+
+# Selection and launches with fewer SMs than the GPU has.
+SM_CASES = [Case(333, 776, 400, num_sms=num_sms) for num_sms in (1, 2, 7, 66, 1000)]
+
+# One config of each way in which CTAs and warpgroups work together.
+SAMPLE = [
+    None,
+    GemmConfig(64, 72, 4, 1, raster_m=1),
+    GemmConfig(64, 112, 4, 2),
+    GemmConfig(256, 128, 3, 2, raster_m=3),
+    GemmConfig(128, 128, 4, 2, cluster_m=2, raster_m=1),
+    GemmConfig(128, 112, 4, 2, cluster_n=2),
+    GemmConfig(64, 112, 4, 2, cluster_k=4),
+    GemmConfig(128, 96, 2, 2, cluster_k=2),
+]
+# The bytes of D are a multiple of the allocator's 256, so that guards begin where D ends.
+POISON_CASES = [Case(336, 776, 656, config) for config in SAMPLE] + [
+    Case(80, 136, 304),
+    Case(16, 8, 16),
+]
+REPEAT_CASES = [Case(333, 776, 656, config, num_sms=7 if config else 0) for config in SAMPLE]
+BAD_VALUE_CASES = [Case(73, 264, 656, config) for config in SAMPLE]
+
+
+def each(cases: list[Case]) -> Any:
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case_id(case)) for case in cases])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_ahead() -> None:
+    """Compiles kernels, their XLA programs and the oracles of large cases in parallel."""
+    cases = {
+        *SEED_CASES,
+        *EDGE_CASES,
+        *CONFIG_CASES,
+        *SM_CASES,
+        *REPEAT_CASES,
+        *BAD_VALUE_CASES,
+    }
+    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(build, case) for case in sorted(cases, key=case_id)]
+        futures += [pool.submit(build_judge, case.m, case.n, case.k) for case in SEED_CASES]
+        # A failure here is reported again by the case that it belongs to.
+        concurrent.futures.wait(futures)
+
+
+# --- Right numbers -------------------------------------------------------------------------------
+
+
+@functools.cache
+def build_judge(m: int, n: int, k: int) -> Callable[..., tuple[jax.Array, ...]]:
+    """(*operands, d) -> the three errors that `check` looks at, on the GPU, compiled."""
+
+    def dequantize(values: jax.Array, scales: jax.Array, block_rows: int) -> jax.Array:
+        rows, columns = values.shape
+        spread = jnp.repeat(jnp.repeat(scales, block_rows, axis=0), 128, axis=1)
+        return values.astype(jnp.float64) * spread[:rows, :columns].astype(jnp.float64)
+
+    def judge(
+        a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array, d: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        x = dequantize(a, sfa, 1) @ dequantize(b, sfb, 128).T
+        d = d.astype(jnp.float64)
+        distance = jnp.square(d - x).sum(axis=1)
+        power = (jnp.square(d) + jnp.square(x)).sum(axis=1)
+        excess = jnp.abs(d - x) - jnp.abs(x) / 256
+        rms = jnp.sqrt(jnp.square(x).mean(axis=1, keepdims=True))
+        return distance.sum() / power.sum(), (distance / power).max(), (excess / rms).max()
+
+    with jax.enable_x64(True):
+        result = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
+        lowered = jax.jit(judge, compiler_options=UNTUNED).lower(*operand_shapes(m, n, k), result)
+        return lowered.compile()
+
+
+def random_bytes(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray[Any, Any]:
+    """Every finite e4m3 value equally often: far faster to make than normal numbers."""
+    values = np.frombuffer(rng.bytes(rows * columns), np.uint8).copy()
+    values[values & 0x7F == 0x7F] = 0  # the two NaNs
+    return values.view(numerics.E4M3).reshape(rows, columns)
+
+
+@functools.lru_cache(maxsize=1)
+def large_weights(n: int, k: int) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng([n, k])
+    scales = numerics.random_scales(rng, numerics.ceil_div(n, 128), numerics.ceil_div(k, 128))
+    return jax.device_put(random_bytes(rng, n, k)), jax.device_put(scales)
+
+
+@each(SEED_CASES)
+def test_seed_shape(case: Case) -> None:
+    # Every element of D is compared in float64 on the GPU: all 18 products together are 2 TFLOP,
+    # a tenth of a second for an H100's float64 tensor cores.
+    m, n, k, *_ = case
+    rng = np.random.default_rng([m, n, k])
+    a = jax.device_put(random_bytes(rng, m, k))
+    sfa = jax.device_put(numerics.random_scales(rng, m, numerics.ceil_div(k, 128)))
+    b, sfb = large_weights(n, k)
+    d = build(case)(a, sfa, b, sfb)
+    error, worst_row, worst_value = map(float, build_judge(m, n, k)(a, sfa, b, sfb, d))
+    # A NaN fails each.
+    assert error < numerics.BF16_TOLERANCE
+    assert worst_row < ROW_TOLERANCE
+    assert worst_value < VALUE_TOLERANCE
+
+
+@each(EDGE_CASES + CONFIG_CASES + SM_CASES)
+def test_agrees_with_float64(case: Case) -> None:
+    operands = numerics.dense_operands(case.m, case.n, case.k, seed=1)
+    check(build(case)(*operands), operands)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    # Each example compiles a kernel: no time to shrink one.
+    phases=[Phase.explicit, Phase.generate],
+)
+@given(
+    m=st.integers(0, 600),
+    n=st.integers(1, 187).map(lambda blocks: 8 * blocks),
+    k=st.integers(1, 187).map(lambda blocks: 16 * blocks),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_shapes(m: int, n: int, k: int, seed: int) -> None:
+    operands = numerics.dense_operands(m, n, k, seed=seed)
+    check(jax.jit(flat)(*operands), operands)
+
+
+def test_vmap_and_eager() -> None:
+    parts = [numerics.dense_operands(45, 136, 304, seed=seed) for seed in range(3)]
+    _, _, b, sfb = parts[0]
+    a, sfa = (np.stack([part[i] for part in parts]) for i in (0, 1))
+    d = jax.vmap(flat, in_axes=(0, 0, None, None))(a, sfa, b, sfb)
+    for i in range(3):
+        check(d[i], numerics.DenseOperands(a[i], sfa[i], b, sfb))
+
+
+def test_limit_of_sms_is_put_back() -> None:
+    before = jax_deepgemm.get_num_sms()
+    with sm_limit(7):
+        assert jax_deepgemm.get_num_sms() == 7
+    assert jax_deepgemm.get_num_sms() == before
+    assert before == jax.devices("cuda")[0].core_count
+
+
+# --- Where it writes -----------------------------------------------------------------------------
+
+
+def neighbours(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Three arrays like D full of SENTINEL, one right behind the other in device memory."""
+    d_bytes = case.m * case.n * 2
+    assert d_bytes % 256 == 0
+    arrays: dict[int, jax.Array] = {}
+    for _ in range(64):
+        array = jnp.full((case.m, case.n), SENTINEL, jnp.bfloat16)
+        array.block_until_ready()
+        arrays[array.unsafe_buffer_pointer()] = array
+        for start in arrays:
+            run = [arrays.get(start + i * d_bytes) for i in range(3)]
+            if all(part is not None for part in run):
+                return run[0], run[1], run[2]  # type: ignore[return-value]
+    pytest.fail("the allocator put no three of 64 arrays side by side")
+
+
+def write_into(case: Case, poison: jax.Array, operands: numerics.DenseOperands) -> jax.Array:
+    """Runs the operation with its result in the donated memory of `poison`."""
+    pointer = poison.unsafe_buffer_pointer()
+    with sm_limit(case.num_sms):
+        function = jax.jit(
+            lambda _poison, *operands: flat(*operands, config=case.config),
+            donate_argnums=0,
+            keep_unused=True,
+        )
+        d = function(poison, *operands)
+    # Otherwise the test would show nothing.
+    assert d.unsafe_buffer_pointer() == pointer, "XLA did not write into the donated array"
+    return d
+
+
+@each(POISON_CASES)
+def test_writes_all_of_d_and_nothing_else(case: Case) -> None:
+    # D lies in memory that holds SENTINEL, between two arrays of SENTINEL: a value that is left out
+    # is far off, and a store past either end of D changes a guard. (What a store would hit further
+    # away, and reads outside of the operands, are for compute-sanitizer: sanitize.py.)
+    operands = numerics.dense_operands(case.m, case.n, case.k, seed=2)
+    before, poison, after = neighbours(case)
+    d = write_into(case, poison, operands)
+    check(d, operands)
+    for guard in (before, after):
+        np.testing.assert_array_equal(np.asarray(guard).astype(np.float32), SENTINEL)
+
+
+@each(BAD_VALUE_CASES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
+def test_bad_values_stay_in_their_row_and_column(case: Case, bad: float) -> None:
+    clean = numerics.dense_operands(case.m, case.n, case.k, seed=3)
+    a, sfa, b, sfb = (operand.copy() for operand in clean)
+    a[3, 200] = np.nan
+    sfa[70, 5] = bad  # the last, partial k-block, and the last rows
+    b[260, 1] = np.nan
+    sfb[1, 2] = bad  # columns 128 to 255
+    gemm = build(case)
+    d = np.asarray(gemm(a, sfa, b, sfb)).astype(np.float32)
+
+    hit = np.zeros(d.shape, bool)
+    hit[[3, 70], :] = hit[:, 260] = hit[:, 128:256] = True
+    assert not np.isfinite(d[hit]).any()
+    np.testing.assert_array_equal(d[~hit], np.asarray(gemm(*clean)).astype(np.float32)[~hit])
+
+
+# --- The same again ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def busy_gpu() -> Iterator[None]:
+    """Another thread keeps running another program meanwhile."""
+    stop = threading.Event()
+    other = build(Case(1000, 1096, 1040))
+    operands = [jnp.asarray(x) for x in numerics.dense_operands(1000, 1096, 1040, seed=4)]
+    expected = bits(other(*operands))
+    rounds: list[bool] = []
+
+    def work() -> None:
+        while not stop.is_set():
+            results = [other(*operands) for _ in range(8)]
+            rounds.append(all(bits(result) == expected for result in results))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert rounds
+    assert all(rounds)
+
+
+@each(REPEAT_CASES)
+def test_same_bits_every_time(case: Case) -> None:
+    host = numerics.dense_operands(case.m, case.n, case.k, seed=5)
+    operands = [jnp.asarray(operand) for operand in host]
+    gemm = build(case)
+    first = gemm(*operands)
+    check(first, host)
+    expected = bits(first)
+    assert {bits(d) for d in [gemm(*operands) for _ in range(20)]} == {expected}
+    with busy_gpu():
+        assert {bits(gemm(*operands)) for _ in range(20)} == {expected}
+
+
+def chain(a: jax.Array, *rest: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Six operations, each multiplying what the last one gave: [(a of the operation, d), ...]."""
+    steps = []
+    for i in range(6):
+        sfa, b, sfb = rest[3 * i : 3 * i + 3]
+        d = flat(a, sfa, b, sfb)
+        steps.append((a, d))
+        a = jnp.clip(64 * d.astype(jnp.float32), -448, 448).astype(jnp.float8_e4m3fn)
+    return steps
+
+
+def test_a_chain_of_operations_in_one_program() -> None:
+    # XLA records so many in a row into one CUDA graph and replays it: on the first runs it may
+    # launch, record or update the graph, each time for other buffers and other numbers.
+    program = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+    kept = []  # So that every run gets other memory.
+    for run in range(4):
+        parts = [numerics.dense_operands(130, 272, 272, seed=10 * run + i) for i in range(6)]
+        arguments = [jnp.asarray(x) for part in parts for x in part[1:]]
+        results = program(jnp.asarray(parts[0].a), *arguments)
+        for part, (a, d) in zip(parts, results, strict=True):
+            check(d, part._replace(a=np.asarray(a)))
+        kept.append((arguments, results))
+
+
+def test_threads_compile_and_run_different_shapes() -> None:
+    # No other test has these (n, k): their kernels are compiled here.
+    barrier = threading.Barrier(4)
+
+    def work(index: int) -> None:
+        cases = [(60 + 50 * i, 72 + 120 * index, 176 + 48 * index) for i in range(3)]
+        barrier.wait()
+        for m, n, k in cases:
+            operands = numerics.dense_operands(m, n, k, seed=6)
+            for _ in range(3):
+                check(jax.jit(flat)(*operands), operands)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work, index) for index in range(4)]:
+            future.result()
+
+
+def test_threads_compile_and_run_the_same_shape() -> None:
+    barrier = threading.Barrier(4)
+    operands = numerics.dense_operands(200, 584, 368, seed=7)
+
+    def work() -> bytes:
+        barrier.wait()
+        return bits(jax.jit(lambda *operands: flat(*operands))(*operands))
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = {future.result() for future in [pool.submit(work) for _ in range(4)]}
+    assert results == {bits(flat(*operands))}
+    check(flat(*operands), operands)
