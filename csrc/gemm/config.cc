@@ -14,19 +14,11 @@ constexpr int kMaxAccumulators = 192;
 // The exchange of partial sums takes some more.
 constexpr int kMaxSplitKAccumulators = 176;
 
-constexpr int kMaxStages = 32;
-
 std::string Sentence(const std::string& name, int value, const std::string& rule) {
   return name + " must be " + rule + ", got " + std::to_string(value);
 }
 
 }  // namespace
-
-bool operator==(const GemmConfig& a, const GemmConfig& b) {
-  return a.block_m == b.block_m && a.block_n == b.block_n && a.num_stages == b.num_stages &&
-         a.math_warpgroups == b.math_warpgroups && a.cluster_m == b.cluster_m &&
-         a.cluster_n == b.cluster_n && a.cluster_k == b.cluster_k && a.raster_m == b.raster_m;
-}
 
 std::string WhyUnsupported(const GemmProblem& problem) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();

@@ -1,5 +1,5 @@
 // GemmProblem and GemmConfig: what is multiplied, and how one kernel is specialised for it.
-// IsLegal is the one place that says which configurations exist; the selection (select.h), the
+// WhyIllegal is the one place that says which configurations exist; the selection (select.h), the
 // Python API and the launch code all ask it. No CUDA call, no environment.
 #pragma once
 
@@ -9,6 +9,9 @@
 #include "csrc/kernels/smem_layout.h"
 
 namespace dg {
+
+// The deepest ring a configuration may have; deeper ones hide no more latency.
+constexpr int kMaxStages = 32;
 
 // D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use.
 struct GemmProblem {
@@ -33,8 +36,6 @@ struct GemmConfig {
   int threads() const { return kWarpgroupThreads * (1 + math_warpgroups); }
   SmemLayout smem() const { return {block_m, block_n, num_stages, math_warpgroups, cluster_k}; }
 };
-
-bool operator==(const GemmConfig& a, const GemmConfig& b);
 
 // Why `problem` can not be computed at all, in the user's terms; empty if it can.
 std::string WhyUnsupported(const GemmProblem& problem);

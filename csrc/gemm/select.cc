@@ -25,11 +25,9 @@ constexpr double kBoxCycles = 168;             // per box of a wave: narrow boxe
 constexpr double kExposedEpilogue = 0.75;      // of it, beside another warpgroup's wgmma
 constexpr double kExposedMinor = 0.14;         // of the shorter of computing and memory time
 
-constexpr int kMaxRingStages = 32;
-
 // Deepest ring that fits; more stages only let the producer run further ahead.
 int MostStages(GemmConfig config) {
-  config.num_stages = kMaxRingStages;
+  config.num_stages = kMaxStages;
   while (config.smem().total_bytes() > kMaxSmemBytes) --config.num_stages;
   return config.num_stages;
 }

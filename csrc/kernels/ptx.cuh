@@ -192,7 +192,6 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
 enum CachePolicy : uint64_t {
   kEvictNormal = 0x16F0000000000000,
   kEvictFirst = 0x12F0000000000000,
-  kEvictLast = 0x14F0000000000000,
 };
 
 // Loads the map's box at (x, y) into shared memory; its bytes, out-of-bounds zeros included, count
