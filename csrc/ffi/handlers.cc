@@ -61,7 +61,6 @@ struct DevicePlan {
 class GemmState {
  public:
   static xffi::TypeId id;
-  static constexpr int kMaxDevices = 64;
 
   GemmState(const GemmAttributes& attributes, const jit::Driver& driver)
       : driver(driver), attributes_(attributes) {}
@@ -88,8 +87,10 @@ class GemmState {
 
   // Makes `device` ready to execute; cheap once it is.
   void Prepare(int32_t device) {
-    if (device < 0 || device >= kMaxDevices) {
-      throw Error(ErrorCode::kUnimplemented, "device ordinals above 63 are not supported");
+    if (device < 0 || device >= jit::Kernel::kMaxDevices) {
+      throw Error(ErrorCode::kUnimplemented, "device ordinal " + std::to_string(device) +
+                                                 " is not below " +
+                                                 std::to_string(jit::Kernel::kMaxDevices));
     }
     if (plans_[device].load(std::memory_order_acquire) != nullptr) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -114,7 +115,7 @@ class GemmState {
   const GemmAttributes attributes_;
   std::mutex mutex_;  // guards owned_
   std::vector<std::unique_ptr<DevicePlan>> owned_;
-  std::array<std::atomic<const DevicePlan*>, kMaxDevices> plans_ = {};
+  std::array<std::atomic<const DevicePlan*>, jit::Kernel::kMaxDevices> plans_ = {};
 };
 xffi::TypeId GemmState::id = {};
 
@@ -210,18 +211,46 @@ CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const v
   return map;
 }
 
+void CheckRank(const xffi::AnyBuffer& buffer, const char* name) {
+  if (buffer.dimensions().size() != 2) {
+    throw Error(ErrorCode::kInvalidArgument, std::string(name) + " must have 2 dimensions, got " +
+                                                 std::to_string(buffer.dimensions().size()));
+  }
+}
+
+// The lowering rule sees to this; a custom call written by hand may not.
+void Check(const xffi::AnyBuffer& buffer, const char* name, xffi::DataType type, int64_t rows,
+           int64_t columns) {
+  CheckRank(buffer, name);
+  if (buffer.element_type() != type) {
+    throw Error(ErrorCode::kInvalidArgument, std::string(name) + " has the wrong element type");
+  }
+  const auto dimensions = buffer.dimensions();
+  if (dimensions[0] != rows || dimensions[1] != columns) {
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string(name) + " must be [" + std::to_string(rows) + ", " +
+                    std::to_string(columns) + "], got [" + std::to_string(dimensions[0]) + ", " +
+                    std::to_string(dimensions[1]) + "]");
+  }
+}
+
 xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::AnyBuffer a,
                     xffi::AnyBuffer sfa, xffi::AnyBuffer b, xffi::AnyBuffer sfb,
                     xffi::Result<xffi::AnyBuffer> d) {
   return Guarded([&] {
     const DevicePlan& plan = state->plan(device);
     GemmProblem problem = plan.problem;
+    CheckRank(a, "a");
     problem.m = a.dimensions()[0];
+    const int64_t padded_m = CeilDiv(problem.m, 4) * 4;
+    Check(a, "a", xffi::DataType::F8E4M3FN, problem.m, problem.k);
+    Check(b, "b", xffi::DataType::F8E4M3FN, problem.n, problem.k);
+    Check(sfa, "sfa", xffi::DataType::F32, padded_m, KBlocks(problem));
+    Check(sfb, "sfb", xffi::DataType::F32, CeilDiv(problem.n, 128), KBlocks(problem));
+    Check(*d, "d", xffi::DataType::BF16, problem.m, problem.n);
+    // XLA replaces an operation without elements by a constant, so this is not captured in a graph.
     if (problem.m == 0) return;
-    if (a.dimensions()[1] != problem.k || b.dimensions()[0] != problem.n) {
-      throw Error(ErrorCode::kInternal, "operands do not have the shapes of the plan");
-    }
-    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config, sfa.dimensions()[0]);
+    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config, padded_m);
     const jit::Driver& driver = state->driver;
     CUtensorMap map_a = Encode(driver, specs.a, a.untyped_data());
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());

@@ -56,7 +56,6 @@ nb::dict JitCompile(const std::string& name, const std::string& entry, const std
   resources["registers"] = cubin->resources.registers;
   resources["spill_bytes"] = cubin->resources.spill_bytes;
   resources["stack_bytes"] = cubin->resources.stack_bytes;
-  resources["static_smem_bytes"] = cubin->resources.static_smem_bytes;
   resources["wgmma_serialized"] = cubin->resources.wgmma_serialized;
   const std::string_view origin = jit::OriginName(cubin->origin);
   nb::dict result;
@@ -114,9 +113,6 @@ nb::list CudaDevices() {
     entry["major"] = device.major;
     entry["minor"] = device.minor;
     entry["num_sms"] = device.num_sms;
-    entry["l2_bytes"] = device.l2_bytes;
-    entry["memory_bytes"] = device.memory_bytes;
-    entry["driver_version"] = device.driver_version;
     result.append(entry);
   }
   return result;
@@ -140,16 +136,15 @@ void BindJit(nb::module_& m) {
       [](const nb::bytes& data) {
         return jit::Sha256Hex(std::string_view(data.c_str(), data.size()));
       },
-      nb::arg("data"), "SHA-256 as hex digits.");
+      nb::arg("data"), "SHA-256 as hex digits, for tests of what cache keys are made with.");
   m.def("toolchain", &Toolchain,
         "The kernel compiler, loaded if it is not yet: compiler, version, path, cache_dir.");
   m.def(
       "cache_dir", [] { return jit::GetEnvironment().cache_dir; },
       "DG_CACHE_DIR or its default; empty when there is neither the variable nor a home folder.");
   m.def("cuda_devices", &CudaDevices,
-        "One dict per GPU: name, ordinal, major, minor, num_sms, l2_bytes, memory_bytes, "
-        "driver_version. Empty when libcuda is absent or reports no device; any other failure of "
-        "the driver raises Error.");
+        "One dict per GPU: name, ordinal, major, minor, num_sms. Empty when libcuda is absent or "
+        "reports no device; any other failure of the driver raises Error.");
 }
 
 }  // namespace dg::ffi

@@ -16,6 +16,7 @@
 #include "csrc/gemm/config.h"
 #include "csrc/gemm/kernel_source.h"
 #include "csrc/gemm/select.h"
+#include "csrc/jit/error.h"
 
 namespace nb = nanobind;
 
@@ -32,6 +33,15 @@ GemmConfig FromFields(const ConfigFields& fields) {
 ConfigFields ToFields(const GemmConfig& config) {
   return {config.block_m,   config.block_n,   config.num_stages, config.math_warpgroups,
           config.cluster_m, config.cluster_n, config.cluster_k,  config.raster_m};
+}
+
+// A config whose fields the geometry can be computed with.
+GemmConfig WellFormed(const ConfigFields& fields) {
+  const GemmConfig config = FromFields(fields);
+  if (const std::string why = WhyMalformed(config); !why.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "config: " + why);
+  }
+  return config;
 }
 
 template <typename Pointer>
@@ -76,12 +86,12 @@ void BindGemm(nb::module_& m) {
   });
   m.def("estimate_us",
         [](int64_t rows, int64_t n, int64_t k, int num_sms, const ConfigFields& config) {
-          return EstimateUs({rows, n, k, num_sms}, FromFields(config));
+          return EstimateUs({rows, n, k, num_sms}, WellFormed(config));
         });
   m.def("smem_bytes",
-        [](const ConfigFields& config) { return FromFields(config).smem().total_bytes(); });
+        [](const ConfigFields& config) { return WellFormed(config).smem().total_bytes(); });
   m.def("kernel_name", [](int64_t n, int64_t k, const ConfigFields& config) {
-    return KernelName({1, n, k, 1}, FromFields(config));
+    return KernelName({1, n, k, 1}, WellFormed(config));
   });
   m.def("kernel_source", [](int64_t n, int64_t k, int num_sms, const ConfigFields& fields) {
     const GemmProblem problem = {1, n, k, num_sms};

@@ -1,6 +1,7 @@
 #include "csrc/ffi/plan.h"
 
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -8,10 +9,13 @@
 #include "csrc/gemm/kernel_source.h"
 #include "csrc/gemm/select.h"
 #include "csrc/jit/cache.h"
+#include "csrc/jit/cubin.h"
 #include "csrc/jit/error.h"
 
 namespace dg::ffi {
+namespace {
 
+// The kernel's cubin, from the JIT's caches or freshly compiled. Throws Error.
 std::shared_ptr<const jit::Cubin> CompileGemm(const GemmProblem& problem,
                                               const GemmConfig& config) {
   jit::KernelSource source;
@@ -20,6 +24,8 @@ std::shared_ptr<const jit::Cubin> CompileGemm(const GemmProblem& problem,
   for (const KernelFile& file : KernelFiles()) source.headers.push_back({file.name, file.text});
   return jit::GetOrCompile(source);
 }
+
+}  // namespace
 
 jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config) {
   // Never destroyed: the driver may be gone before static destructors run.

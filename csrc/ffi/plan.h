@@ -2,17 +2,12 @@
 // compiled). handlers.cc plans for XLA, module.cc for Python.
 #pragma once
 
-#include <memory>
 #include <optional>
 
 #include "csrc/gemm/config.h"
-#include "csrc/jit/cubin.h"
 #include "csrc/jit/kernel.h"
 
 namespace dg::ffi {
-
-// The kernel's cubin, from the JIT's caches or freshly compiled. Throws Error.
-std::shared_ptr<const jit::Cubin> CompileGemm(const GemmProblem& problem, const GemmConfig& config);
 
 // The process' kernel for `config`, made on first use and kept: executables and captured graphs
 // may use it from any thread until the process ends. Throws Error.

@@ -7,6 +7,9 @@
 namespace dg {
 namespace {
 
+// More rows than this per swath would only be one swath.
+constexpr int kMaxRasterRows = 1024;
+
 // Accumulator registers per thread (running totals of all waves and one wgmma result) that leave
 // room for addresses and scales: 232 registers per thread beside a producer, 255 alone.
 constexpr int kMaxAccumulators = 192;
@@ -21,23 +24,29 @@ std::string Sentence(const std::string& name, int value, const std::string& rule
 }  // namespace
 
 std::string WhyUnsupported(const GemmProblem& problem) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  if (problem.m < 0 || problem.m > kMax - 65536) {
-    return "m must be between 0 and 2^31 - 65536, got " + std::to_string(problem.m);
-  }
-  if (problem.n <= 0 || problem.n % 8 != 0 || problem.n > kMax - 65536) {
+  // Coordinates are int32, also those of a tile that begins at the last row or column.
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - 65536;
+  const auto limit = [](const char* name, int64_t value) {
+    return std::string(name) + " must be at most " + std::to_string(kMax) + ", got " +
+           std::to_string(value);
+  };
+  if (problem.m < 0) return "m must not be negative, got " + std::to_string(problem.m);
+  if (problem.m > kMax) return limit("m", problem.m);
+  if (problem.n <= 0 || problem.n % 8 != 0) {
     return "n must be a positive multiple of 8, got " + std::to_string(problem.n);
   }
-  if (problem.k <= 0 || problem.k % 16 != 0 || problem.k > kMax - 65536) {
+  if (problem.n > kMax) return limit("n", problem.n);
+  if (problem.k <= 0 || problem.k % 16 != 0) {
     return "k must be a positive multiple of 16, got " + std::to_string(problem.k);
   }
+  if (problem.k > kMax) return limit("k", problem.k);
   if (problem.num_sms < 1) {
     return "num_sms must be at least 1, got " + std::to_string(problem.num_sms);
   }
   return "";
 }
 
-std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
+std::string WhyMalformed(const GemmConfig& config) {
   const int warpgroups = config.math_warpgroups;
   if (config.block_m != 64 && config.block_m != 128 && config.block_m != 256) {
     return Sentence("block_m", config.block_m, "64, 128 or 256");
@@ -69,20 +78,12 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
   if (config.cluster_k != 1 && config.cluster_k != 2 && config.cluster_k != 4) {
     return Sentence("cluster_k", config.cluster_k, "1, 2 or 4");
   }
-  if (config.cluster_size() > problem.num_sms) {
-    return "a cluster of " + std::to_string(config.cluster_size()) + " CTAs needs as many SMs, " +
-           "but num_sms is " + std::to_string(problem.num_sms);
-  }
   if (config.block_n % (8 * config.cluster_m) != 0) {
     return Sentence("block_n", config.block_n,
                     "a multiple of 16 with cluster_m = 2: each CTA loads whole 8-row groups");
   }
-  if (config.cluster_k > 1) {
-    if (smem.waves() > 1) return "cluster_k > 1 needs 64 rows per math warpgroup";
-    if (KBlocks(problem) < config.cluster_k) {
-      return Sentence("cluster_k", config.cluster_k,
-                      "at most the number of k-blocks (" + std::to_string(KBlocks(problem)) + ")");
-    }
+  if (config.cluster_k > 1 && smem.waves() > 1) {
+    return "cluster_k > 1 needs 64 rows per math warpgroup";
   }
   const int accumulators = (smem.waves() + 1) * smem.warpgroup_n() / 2;
   const int limit = config.cluster_k > 1 ? kMaxSplitKAccumulators : kMaxAccumulators;
@@ -100,14 +101,39 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
                         " bytes of shared memory (this needs " +
                         std::to_string(smem.total_bytes()) + ")");
   }
-  if (config.raster_m < 1) return Sentence("raster_m", config.raster_m, "at least 1");
+  if (config.raster_m < 1 || config.raster_m > kMaxRasterRows) {
+    return Sentence("raster_m", config.raster_m, "between 1 and " + std::to_string(kMaxRasterRows));
+  }
   return "";
+}
+
+std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
+  if (const std::string why = WhyMalformed(config); !why.empty()) return why;
+  if (config.cluster_size() > problem.num_sms) {
+    return "a cluster of " + std::to_string(config.cluster_size()) + " CTAs needs as many SMs, " +
+           "but num_sms is " + std::to_string(problem.num_sms);
+  }
+  if (KBlocks(problem) < config.cluster_k) {
+    return Sentence("cluster_k", config.cluster_k,
+                    "at most the number of k-blocks (" + std::to_string(KBlocks(problem)) + ")");
+  }
+  const int64_t columns = CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
+  if (config.raster_m * columns > std::numeric_limits<int32_t>::max()) {
+    return Sentence("raster_m", config.raster_m, "smaller for so many columns of tiles");
+  }
+  return "";
+}
+
+int ResidentClusters(const GemmProblem& problem, int cluster_size) {
+  const int clusters = problem.num_sms / cluster_size;
+  return cluster_size == 4 ? std::max(1, clusters * 10 / 11) : clusters;
 }
 
 int GridSize(const GemmProblem& problem, const GemmConfig& config) {
   const int64_t tiles = CeilDiv(problem.m, int64_t{config.block_m} * config.cluster_m) *
                         CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
-  const int64_t clusters = std::min<int64_t>(tiles, problem.num_sms / config.cluster_size());
+  const int64_t clusters =
+      std::min<int64_t>(tiles, ResidentClusters(problem, config.cluster_size()));
   return static_cast<int>(clusters) * config.cluster_size();
 }
 

@@ -40,6 +40,9 @@ struct GemmConfig {
 // Why `problem` can not be computed at all, in the user's terms; empty if it can.
 std::string WhyUnsupported(const GemmProblem& problem);
 
+// Why no kernel has such a shape, whatever the problem; empty if one may.
+std::string WhyMalformed(const GemmConfig& config);
+
 // Why `config` is no kernel for `problem`; empty if it is.
 std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config);
 
@@ -48,7 +51,11 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // k-blocks of 128, the last one possibly partial.
 inline int64_t KBlocks(const GemmProblem& problem) { return CeilDiv(problem.k, kBlockK); }
 
-// CTAs to launch: one per SM, in whole clusters, and none without a tile.
+// Clusters that can be resident at the same time. GPCs have 16 or 18 SMs, so clusters of four
+// strand some: of 33 that 132 SMs would hold, 32 were seen to run in two rounds.
+int ResidentClusters(const GemmProblem& problem, int cluster_size);
+
+// CTAs to launch: one per SM, in whole clusters that fit at the same time, and none without a tile.
 int GridSize(const GemmProblem& problem, const GemmConfig& config);
 
 }  // namespace dg

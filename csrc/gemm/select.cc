@@ -42,12 +42,6 @@ int RasterRows(const GemmProblem& problem, const GemmConfig& config) {
   return std::max(1, best);
 }
 
-// Clusters that can be resident. GPCs have 16 or 18 SMs, so clusters of four strand some.
-int ResidentClusters(const GemmProblem& problem, int cluster_size) {
-  const int clusters = problem.num_sms / cluster_size;
-  return cluster_size == 4 ? std::max(1, clusters * 10 / 11) : clusters;
-}
-
 }  // namespace
 
 std::vector<GemmConfig> Candidates(const GemmProblem& problem) {

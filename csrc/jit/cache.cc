@@ -28,7 +28,7 @@ namespace {
 using SharedCubin = std::shared_ptr<const Cubin>;
 
 // Changes whenever cache files or the passes that make them do.
-constexpr char kFormat[] = "jax_deepgemm cubin 1";
+constexpr char kFormat[] = "jax_deepgemm cubin 2";
 
 // How long to wait for another process that compiles the same kernel; a compile takes well under a
 // second with NVRTC, some seconds with NVCC.
@@ -59,18 +59,21 @@ std::string Key(const KernelSource& source, const Compiler& compiler) {
   return sha.HexDigest();
 }
 
-// A cache file is image, log, footer. With the ELF image first, cuobjdump and nvdisasm read it as
-// it is; with the footer last, no truncated file has one.
-std::string Footer(const std::string& key, std::string_view image, std::string_view log) {
+// A cache file is image, log, FFMA report, footer. With the ELF image first, cuobjdump and nvdisasm
+// read it as it is; with the footer last, no truncated file has one.
+std::string Footer(const std::string& key, std::string_view image, std::string_view log,
+                   std::string_view ffma_report) {
   char sizes[64];
-  std::snprintf(sizes, sizeof(sizes), "%016zx %016zx", image.size(), log.size());
+  std::snprintf(sizes, sizeof(sizes), "%016zx %016zx %016zx", image.size(), log.size(),
+                ffma_report.size());
   Sha256 sha;
   sha.UpdateField(image);
   sha.UpdateField(log);
+  sha.UpdateField(ffma_report);
   return std::string("\n") + kFormat + "\n" + key + "\n" + sha.HexDigest() + "\n" + sizes + "\n";
 }
 
-constexpr std::size_t kSizesBytes = 16 + 1 + 16 + 1;
+constexpr std::size_t kSizesBytes = 3 * (16 + 1);
 constexpr std::size_t kFooterBytes = 1 + sizeof(kFormat) + 65 + 65 + kSizesBytes;
 
 // The cubin in `path`, or null with the reason in `defect` (empty if there is no such file).
@@ -82,14 +85,17 @@ std::shared_ptr<Cubin> ReadCubin(const std::string& path, const std::string& key
   if (file->size() < kFooterBytes) return nullptr;
   const char* sizes = file->data() + file->size() - kSizesBytes;
   const std::size_t image_bytes = std::strtoull(sizes, nullptr, 16);
+  const std::size_t log_bytes = std::strtoull(sizes + 17, nullptr, 16);
   const std::size_t payload_bytes = file->size() - kFooterBytes;
-  if (image_bytes > payload_bytes) return nullptr;
+  if (image_bytes > payload_bytes || log_bytes > payload_bytes - image_bytes) return nullptr;
   const std::string_view payload = std::string_view(*file).substr(0, payload_bytes);
   const std::string_view image = payload.substr(0, image_bytes);
-  const std::string_view log = payload.substr(image_bytes);
+  const std::string_view log = payload.substr(image_bytes, log_bytes);
+  const std::string_view ffma_report = payload.substr(image_bytes + log_bytes);
   // The footer holds all there is to check: format, key, sizes and checksum.
   *defect = "not what was written";
-  if (file->compare(payload_bytes, kFooterBytes, Footer(key, image, log)) != 0) return nullptr;
+  const std::string footer = Footer(key, image, log, ffma_report);
+  if (file->compare(payload_bytes, kFooterBytes, footer) != 0) return nullptr;
 
   defect->clear();
   auto cubin = std::make_shared<Cubin>();
@@ -97,13 +103,14 @@ std::shared_ptr<Cubin> ReadCubin(const std::string& path, const std::string& key
   cubin->entry = source.entry;
   cubin->name = source.name;
   cubin->log = log;
+  cubin->ffma_report = ffma_report;
   cubin->resources = ParseResources(cubin->log, source.entry);
   cubin->path = path;
   cubin->origin = Origin::kDisk;
   return cubin;
 }
 
-void PrintRegReuse(const std::string& name, const std::vector<FfmaRun>& runs) {
+std::string FfmaReport(const std::string& name, const std::vector<FfmaRun>& runs) {
   std::string text = "FFMA runs of " + name + ": " + std::to_string(runs.size());
   for (const FfmaRun& run : runs) {
     char line[256];
@@ -113,14 +120,13 @@ void PrintRegReuse(const std::string& name, const std::vector<FfmaRun>& runs) {
                   run.alternating ? " (alternating already)" : "");
     text += line;
   }
-  Print(text);
+  return text;
 }
 
 std::shared_ptr<Cubin> Compile(const KernelSource& source, const Compiler& compiler) {
   auto cubin = std::make_shared<Cubin>(compiler.Compile(source));
   if (GetEnvironment().interleave) {
-    const std::vector<FfmaRun> runs = InterleaveFfma(cubin->image);
-    if (GetEnvironment().print_reg_reuse) PrintRegReuse(source.name, runs);
+    cubin->ffma_report = FfmaReport(source.name, InterleaveFfma(cubin->image));
   }
   char decision[128];
   std::snprintf(decision, sizeof(decision), "compiled in %.3f s by %s %s", cubin->compile_seconds,
@@ -133,8 +139,8 @@ std::shared_ptr<Cubin> Compile(const KernelSource& source, const Compiler& compi
 std::shared_ptr<Cubin> CompileAndStore(const KernelSource& source, const Compiler& compiler,
                                        const std::string& key, const std::string& path) {
   std::shared_ptr<Cubin> cubin = Compile(source, compiler);
-  const int error =
-      ReplaceFile(path, cubin->image + cubin->log + Footer(key, cubin->image, cubin->log));
+  const std::string footer = Footer(key, cubin->image, cubin->log, cubin->ffma_report);
+  const int error = ReplaceFile(path, cubin->image + cubin->log + cubin->ffma_report + footer);
   if (error == 0) {
     cubin->path = path;
     Debug(source, "written to " + path);
@@ -164,22 +170,27 @@ std::shared_ptr<Cubin> ReadOrCompile(const KernelSource& source, const Compiler&
       return Compile(source, compiler);
     }
     const FileLock lock(path + ".lock", kLockPatienceSeconds);
-    if (lock.error() != 0) {
-      WarnOnce("cannot lock " + path + ".lock: " + std::strerror(lock.error()) +
-               "; several processes may compile the same kernel");
-    }
     // Another process may have written the file since.
     cubin = ReadCubin(path, key, source, &defect);
     if (!defect.empty()) Debug(source, path + " is " + defect + ": replacing it");
-    if (cubin == nullptr) return CompileAndStore(source, compiler, key, path);
+    if (cubin == nullptr) {
+      cubin = CompileAndStore(source, compiler, key, path);
+      // Second, because where nothing can be written, the warning about that is the one to give.
+      if (lock.error() != 0) {
+        WarnOnce("cannot lock " + path + ".lock: " + std::strerror(lock.error()) +
+                 "; several processes may compile the same kernel");
+      }
+      return cubin;
+    }
   }
   Debug(source, "disk hit " + path);
   return cubin;
 }
 
 // What comes into use for the first time in this process: printed once per kernel, hit or compile.
-void PrintLog(const Cubin& cubin) {
+void PrintReports(const Cubin& cubin) {
   if (GetEnvironment().ptxas_verbose) Print("ptxas report of " + cubin.name + "\n" + cubin.log);
+  if (GetEnvironment().print_reg_reuse && !cubin.ffma_report.empty()) Print(cubin.ffma_report);
 }
 
 void CheckName(const std::string& name) {
@@ -227,7 +238,7 @@ std::shared_ptr<const Cubin> GetOrCompile(const KernelSource& source) {
   }
   try {
     const std::shared_ptr<Cubin> cubin = ReadOrCompile(source, compiler, key);
-    PrintLog(*cubin);
+    PrintReports(*cubin);
     auto remembered = std::make_shared<Cubin>(*cubin);
     remembered->origin = Origin::kMemory;
     remembered->compile_seconds = 0.0;

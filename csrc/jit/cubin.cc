@@ -52,13 +52,7 @@ Resources ParseResources(std::string_view log, std::string_view entry) {
     const int loads = NumberBefore(frame, " bytes spill loads");
     if (stores >= 0 && loads >= 0) resources.spill_bytes = stores + loads;
   }
-  const std::string_view used = LineWith(report, " registers");
-  resources.registers = NumberBefore(used, " registers");
-  if (resources.registers >= 0) {
-    // ptxas leaves out what is zero.
-    const int smem = NumberBefore(used, " bytes smem");
-    resources.static_smem_bytes = smem < 0 ? 0 : smem;
-  }
+  resources.registers = NumberBefore(LineWith(report, " registers"), " registers");
   return resources;
 }
 

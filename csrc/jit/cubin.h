@@ -8,10 +8,9 @@ namespace dg::jit {
 
 // What one kernel takes of the SM, as ptxas reports it; -1 where its log does not say.
 struct Resources {
-  int registers = -1;          // Per thread at entry, before setmaxnreg.
-  int spill_bytes = -1;        // Spill stores plus spill loads, per thread.
-  int stack_bytes = -1;        // Local memory frame, per thread.
-  int static_smem_bytes = -1;  // Per block, without dynamic shared memory.
+  int registers = -1;    // Per thread at entry, before setmaxnreg.
+  int spill_bytes = -1;  // Spill stores plus spill loads, per thread.
+  int stack_bytes = -1;  // Local memory frame, per thread.
   // ptxas serialised the wgmmas, inserted a wait or ignored setmaxnreg: its log has the C75xx
   // lines.
   bool wgmma_serialized = false;
@@ -31,6 +30,7 @@ struct Cubin {
   std::string entry;             // Copied from the source.
   std::string name;              // Copied from the source.
   std::string log;               // The compiler's and ptxas' messages.
+  std::string ffma_report;       // What the FFMA interleaver did; empty when it did not run.
   Resources resources;           // Parsed from the log.
   std::string path;              // Cache file, empty when the cubin is in memory only.
   double compile_seconds = 0.0;  // Wall time of the compile; 0 for a cache hit.

@@ -48,14 +48,12 @@ Driver LoadEntryPoints(void* library) {
   const EntryPoints entry_points(library);
   Driver driver = {};
   entry_points.Load(driver.cuInit, "cuInit", 2000);
-  entry_points.Load(driver.cuDriverGetVersion, "cuDriverGetVersion", 2020);
   entry_points.Load(driver.cuGetErrorName, "cuGetErrorName", 6000);
   entry_points.Load(driver.cuGetErrorString, "cuGetErrorString", 6000);
   entry_points.Load(driver.cuDeviceGetCount, "cuDeviceGetCount", 2000);
   entry_points.Load(driver.cuDeviceGet, "cuDeviceGet", 2000);
   entry_points.Load(driver.cuDeviceGetName, "cuDeviceGetName", 2000);
   entry_points.Load(driver.cuDeviceGetAttribute, "cuDeviceGetAttribute", 2000);
-  entry_points.Load(driver.cuDeviceTotalMem, "cuDeviceTotalMem", 3020);
   entry_points.Load(driver.cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", 7000);
   entry_points.Load(driver.cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease", 11000);
   entry_points.Load(driver.cuCtxPushCurrent, "cuCtxPushCurrent", 4000);
@@ -66,7 +64,6 @@ Driver LoadEntryPoints(void* library) {
   entry_points.Load(driver.cuKernelGetFunction, "cuKernelGetFunction", 12000);
   entry_points.Load(driver.cuKernelSetAttribute, "cuKernelSetAttribute", 12000);
   entry_points.Load(driver.cuLaunchKernelEx, "cuLaunchKernelEx", 11060);
-  entry_points.Load(driver.cuOccupancyMaxActiveClusters, "cuOccupancyMaxActiveClusters", 11070);
   entry_points.Load(driver.cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled", 12000);
   return driver;
 }
@@ -149,9 +146,7 @@ std::vector<Device> ListDevices() {
   std::string absence;
   const Driver* driver = FindDriver(&absence);
   if (driver == nullptr) return {};
-  int driver_version = 0;
   int count = 0;
-  Check(driver->cuDriverGetVersion(&driver_version), "cuDriverGetVersion");
   Check(driver->cuDeviceGetCount(&count), "cuDeviceGetCount");
   std::vector<Device> devices;
   for (int ordinal = 0; ordinal < count; ++ordinal) {
@@ -160,13 +155,10 @@ std::vector<Device> ListDevices() {
     const auto attribute = [&](CUdevice_attribute which) {
       return DeviceAttribute(*driver, which, handle);
     };
-    std::size_t memory_bytes = 0;
-    Check(driver->cuDeviceTotalMem(&memory_bytes, handle), "cuDeviceTotalMem");
     devices.push_back({DeviceName(*driver, handle), ordinal,
                        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
                        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-                       attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
-                       attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE), memory_bytes, driver_version});
+                       attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)});
   }
   return devices;
 }

@@ -1,12 +1,11 @@
 // The CUDA driver, loaded at run time so that the extension imports where there is none.
 //
-// kernel.h launches through it, csrc/ffi encodes tensor maps and asks for occupancy. Driver API
+// kernel.h launches through it, csrc/ffi encodes tensor maps and lists devices. Driver API
 // 12.0 is the oldest that has every entry point.
 #pragma once
 
 #include <cuda.h>
 
-#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -15,14 +14,12 @@ namespace dg::jit {
 // Entry points of libcuda, each with the name and signature of the driver API.
 struct Driver {
   decltype(&::cuInit) cuInit;
-  decltype(&::cuDriverGetVersion) cuDriverGetVersion;
   decltype(&::cuGetErrorName) cuGetErrorName;
   decltype(&::cuGetErrorString) cuGetErrorString;
   decltype(&::cuDeviceGetCount) cuDeviceGetCount;
   decltype(&::cuDeviceGet) cuDeviceGet;
   decltype(&::cuDeviceGetName) cuDeviceGetName;
   decltype(&::cuDeviceGetAttribute) cuDeviceGetAttribute;
-  decltype(&::cuDeviceTotalMem) cuDeviceTotalMem;
   decltype(&::cuDevicePrimaryCtxRetain) cuDevicePrimaryCtxRetain;
   decltype(&::cuDevicePrimaryCtxRelease) cuDevicePrimaryCtxRelease;
   decltype(&::cuCtxPushCurrent) cuCtxPushCurrent;
@@ -33,7 +30,6 @@ struct Driver {
   decltype(&::cuKernelGetFunction) cuKernelGetFunction;
   decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
   decltype(&::cuLaunchKernelEx) cuLaunchKernelEx;
-  decltype(&::cuOccupancyMaxActiveClusters) cuOccupancyMaxActiveClusters;
   decltype(&::cuTensorMapEncodeTiled) cuTensorMapEncodeTiled;
 };
 
@@ -57,9 +53,6 @@ struct Device {
   int major;  // Compute capability.
   int minor;
   int num_sms;
-  int l2_bytes;
-  std::size_t memory_bytes;
-  int driver_version;  // 1000 * major + 10 * minor of the CUDA version the driver supports.
 };
 
 // The GPUs of this process; empty when libcuda is absent or reports no device.

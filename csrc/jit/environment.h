@@ -20,7 +20,8 @@ struct Environment {
   bool interleave;
   // DG_PTXAS_VERBOSE: print ptxas' resource report of every kernel that comes into use.
   bool ptxas_verbose;
-  // DG_PRINT_REG_REUSE: print what the FFMA interleaver found and changed.
+  // DG_PRINT_REG_REUSE: print what the FFMA interleaver found and changed in every kernel that
+  // comes into use.
   bool print_reg_reuse;
   // DG_JIT_PRINT_NVCC_COMMAND: print NVCC's command line, or NVRTC's options.
   bool print_command;

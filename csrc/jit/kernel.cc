@@ -10,8 +10,6 @@
 namespace dg::jit {
 namespace {
 
-constexpr int kMaxDevices = 64;  // Bits of Kernel::prepared_.
-
 // Makes a device's primary context, the one XLA's streams belong to, current while it lives.
 class PrimaryContext {
  public:

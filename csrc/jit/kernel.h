@@ -20,6 +20,9 @@ namespace dg::jit {
 // unloaded, because executables and captured graphs may launch it at any time.
 class Kernel {
  public:
+  // Device ordinals are below this: the bits of prepared_.
+  static constexpr int kMaxDevices = 64;
+
   // `smem_bytes` is the dynamic shared memory per block, `threads` the block's size, `cluster_size`
   // the blocks per cluster along x (1: no clusters). Touches no driver.
   Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, int cluster_size);
@@ -35,15 +38,6 @@ class Kernel {
   // Enqueues `grid` blocks on the stream, whose device must be prepared; `args` points to one
   // pointer per kernel parameter. No allocation, no lock, no environment. Throws Error.
   void Launch(CUstream stream, int grid, void** args) const;
-
-  // The handle, for cuOccupancyMaxActiveClusters; null before the first Prepare has returned.
-  CUkernel handle() const { return kernel_; }
-
-  // What was given to the constructor.
-  const Cubin& cubin() const { return *cubin_; }
-  int smem_bytes() const { return smem_bytes_; }
-  int threads() const { return threads_; }
-  int cluster_size() const { return cluster_size_; }
 
  private:
   const std::shared_ptr<const Cubin> cubin_;

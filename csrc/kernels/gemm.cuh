@@ -130,9 +130,10 @@ __device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_
       const int wave_m = tile.m + row + wave * kWgmmaM;
       const int n = tile.n + column;
       if constexpr (config::kClusterK > 1) {
-        split_k.reduce(total[wave], next_tile.valid);
+        split_k.reduce(total[wave]);
         epilogue.store(total[wave], wave, wave_m + split_k.first_row(), n, split_k.owns(),
                        split_k.row());
+        if (next_tile.valid) split_k.release();
       } else {
         epilogue.store(total[wave], wave, wave_m, n, true, warp * 16);
       }

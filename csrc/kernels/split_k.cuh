@@ -31,9 +31,7 @@ class SplitK {
   static constexpr int kEmptyArrivals = (kRanks - 1) * kWarpsPerRank;
 
   // Exchanges partial sums; afterwards the owning warps' `total` is the sum over the cluster.
-  // `more` says whether another tile follows: after the last one peers may already have left, so
-  // nothing is sent that they do not wait for.
-  __device__ void reduce(float (&total)[kAccumulators], bool more) {
+  __device__ void reduce(float (&total)[kAccumulators]) {
     constexpr uint32_t kBytes = (kRanks - 1) * kLayout.partial_bytes();
     if (!joined_) {
       barrier_cluster_wait();  // the peers' barriers exist
@@ -46,12 +44,16 @@ class SplitK {
     } else {
       mbarrier_wait_cluster(full_, parity_);
       receive(total);
-      const int lane = threadIdx.x % 32;
-      __syncwarp();
-      // Tell the senders that their slots are free.
-      if (more && lane < kRanks && lane != rank_) mbarrier_arrive_remote(mapa(empty_, lane));
     }
     parity_ ^= 1;
+  }
+
+  // Tells the senders that their slots are free; after the sums have gone to the staging buffer,
+  // which shows that they have been read. Not after the last tile: peers may have left, and nothing
+  // is sent that they do not wait for.
+  __device__ void release() const {
+    const int lane = threadIdx.x % 32;
+    if (owns() && lane < kRanks && lane != rank_) mbarrier_arrive_remote(mapa(empty_, lane));
   }
 
  private:

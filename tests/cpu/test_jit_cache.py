@@ -6,12 +6,12 @@ import fcntl
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.jit_process import environment, reports, run, script
+from tests.jit_process import environment, nvrtc, reports, run, run_package, script
 
 COMPILE = "report(compile())"
 # Files may not grow, as on a full disk; the signal that goes with it is ignored.
@@ -79,20 +79,26 @@ def test_key_covers_interleaver(tmp_path: Path) -> None:
         assert result["origin"] == "compiled"
 
 
-def test_hit_takes_at_most_2_ms(tmp_path: Path) -> None:
-    # As many bytes of source as the GEMM kernel has; the best of five, because the machine is busy.
-    body = """
-headers = HEADERS | {"large.cuh": "// " + "x" * 60_000}
-native.toolchain()
-for i in range(5):
-    start = time.perf_counter()
-    origin = compile(f"kernel{i}", headers=headers)["origin"]
-    print(json.dumps({"origin": origin, "seconds": time.perf_counter() - start}))
+def test_times_of_a_gemm_kernel(tmp_path: Path) -> None:
+    # Each sample is a process' first kernel, and the best of three counts, because the machine may
+    # be busy. A compile includes loading NVRTC; a hit does not, because it shows what the cache
+    # costs.
+    nvrtc()
+    timed = """
+import json, time
+from jax_deepgemm import ffi, select_config
+config = select_config(64, 2112, 7168)  # Split-k: among the slowest to compile.
+{before}
+start = time.perf_counter()
+source = ffi.compile_kernel(2112, 7168, config).source
+print(json.dumps({{"source": source, "seconds": time.perf_counter() - start}}))
 """
-    run(body, tmp_path)
-    hits = reports(run(body, tmp_path))
-    assert {hit["origin"] for hit in hits} == {"disk"}
-    assert min(hit["seconds"] for hit in hits) <= 2e-3
+    caches = [tmp_path / name for name in ("first", "second", "third")]
+    for before, source, limit in (("", "compiled", 0.6), ("ffi.toolchain()", "disk", 2e-3)):
+        body = timed.format(before=before)
+        samples = [reports(run_package(body, cache))[0] for cache in caches]
+        assert [sample["source"] for sample in samples] == [source] * 3
+        assert min(sample["seconds"] for sample in samples) <= limit
 
 
 def test_16_processes_compile_each_kernel_once(tmp_path: Path) -> None:
@@ -157,8 +163,13 @@ def flip(offset: int) -> Callable[[bytes], bytes]:
         flip(-300),
         flip(-100),
         flip(-2),
+        flip(-19),
+        lambda data: data[:-34] + b"f" * 16 + data[-18:],
     ],
-    ids=["half", "last-byte", "empty", "foreign", "longer", "image", "log", "checksum", "size"],
+    ids=[
+        *("half", "last-byte", "empty", "foreign", "longer", "image", "report", "checksum"),
+        *("report-size", "log-size", "huge-log-size"),
+    ],
 )
 def test_damaged_file_is_replaced(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     run(COMPILE, tmp_path)
@@ -197,6 +208,57 @@ def test_unusable_disk_warns_once_and_goes_on(where: str, tmp_path: Path) -> Non
     assert "kept in memory only" in warnings[0]
     if where == "full":
         assert files(tmp_path) == []
+
+
+# Root may write everywhere, so it becomes somebody else once everything is loaded.
+AS_USER = """
+import os
+native.toolchain()
+if os.getuid() == 0:
+    os.setuid(65534)
+"""
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """The working folder of a process that has a cache in `.`, which AS_USER can enter."""
+    folder = tmp_path / "shared"
+    (folder / "cache").mkdir(parents=True)
+    folder.chmod(0o755)
+    (folder / "cache").chmod(0o777)
+    yield folder
+    (folder / "cache").chmod(0o777)  # So that pytest can remove it.
+
+
+def test_read_only_cache_serves_hits_and_warns_of_a_miss(shared: Path) -> None:
+    enter = f"import os; os.chdir({str(shared)!r})\n"
+    run(enter + "compile('known')", ".")
+    (shared / "cache").chmod(0o555)
+    body = enter + AS_USER + "for name in ('known', 'one', 'two', 'one'): report(compile(name))"
+    done = run(body, ".")
+    results = reports(done)
+    assert [result["origin"] for result in results] == ["disk", "compiled", "compiled", "memory"]
+    assert {result["path"] for result in results[1:]} == {""}
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith("jax_deepgemm: warning: cannot write ./cache/one-")
+    assert warning.endswith(".cubin: Permission denied; compiled kernels are kept in memory only")
+
+
+def test_kernel_that_cannot_be_locked_is_stored_with_a_warning(shared: Path) -> None:
+    # Another user's process died and left its lock file behind.
+    enter = f"import os; os.chdir({str(shared)!r})\n"
+    run(enter + COMPILE, ".")
+    file = only_file(shared)
+    file.unlink()
+    lock_file = Path(f"{file}.lock")
+    lock_file.touch(mode=0o444)
+    done = run(enter + AS_USER + COMPILE, ".")
+    assert reports(done)[0]["path"] == f"./cache/{file.name}"
+    assert done.stderr == (
+        f"jax_deepgemm: warning: cannot lock ./cache/{lock_file.name}: Permission denied; "
+        "several processes may compile the same kernel\n"
+    )
+    assert files(shared) == [file, lock_file]
 
 
 def test_hit_on_full_disk_does_not_warn(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.toolchain import locate_nvrtc, toolchain
-from tests.jit_process import nvrtc, reports, run
+from tests.jit_process import nvrtc, reports, run, run_package
 
 CATCH = """
 def message(call):
@@ -57,9 +57,7 @@ extern "C" __global__ void __launch_bounds__(1024) spill(float* x) {
     shared, local, spill = reports(run(body, tmp_path))
     assert 0 < shared["registers"] <= 64
     assert (shared["spill_bytes"], shared["stack_bytes"]) == (0, 0)
-    assert shared["static_smem_bytes"] == 256 * 4
     assert (local["spill_bytes"], local["stack_bytes"]) == (0, 64 * 4)
-    assert local["static_smem_bytes"] == 0
     assert spill["registers"] == 64
     assert spill["spill_bytes"] > 0
     assert not any(result["wgmma_serialized"] for result in (shared, local, spill))
@@ -68,18 +66,21 @@ extern "C" __global__ void __launch_bounds__(1024) spill(float* x) {
 def test_resources_are_those_of_the_entry(tmp_path: Path) -> None:
     body = """
 TEXT = '''
-extern "C" __global__ void before(float* x) { __shared__ float s[64]; s[threadIdx.x] = *x;
-  __syncthreads(); *x = s[63 - threadIdx.x]; }
-extern "C" __global__ void entry(float* x) { __shared__ float s[128]; s[threadIdx.x] = *x;
-  __syncthreads(); *x = s[127 - threadIdx.x]; }
-extern "C" __global__ void entry_after(float* x) { __shared__ float s[256]; s[threadIdx.x] = *x;
-  __syncthreads(); *x = s[255 - threadIdx.x]; }
+template <int kSize> __device__ void shuffle(float* x, int n) {
+  float v[kSize];
+  for (int i = 0; i < kSize; ++i) v[i] = x[i];
+  for (int i = 0; i < n; ++i) v[(i * 7) % kSize] += v[i % kSize];
+  for (int i = 0; i < kSize; ++i) x[i] = v[i];
+}
+extern "C" __global__ void before(float* x, int n) { shuffle<64>(x, n); }
+extern "C" __global__ void entry(float* x, int n) { shuffle<128>(x, n); }
+extern "C" __global__ void entry_after(float* x, int n) { shuffle<256>(x, n); }
 '''
 for name in ("before", "entry", "entry_after", "absent"):
     report(native.jit_compile(name, name, TEXT, {})["resources"])
 """
     results = reports(run(body, tmp_path))
-    assert [result["static_smem_bytes"] for result in results] == [256, 512, 1024, -1]
+    assert [result["stack_bytes"] for result in results] == [256, 512, 1024, -1]
     assert results[3]["registers"] == results[3]["spill_bytes"] == -1
 
 
@@ -178,12 +179,12 @@ def test_toolchain_names_nvrtc() -> None:
     assert int(info.version.split(".")[0]) >= 12
 
 
-# Enough of a driver to list two devices; INIT is what cuInit returns, MISSING an entry point that
-# the driver is too old for.
+# Enough of a driver to list two devices and to plan kernels for them. INIT is what cuInit returns,
+# MAJOR.0 the devices' compute capability, MISSING an entry point that the driver is too old for.
+# Handles are no ordinals, and no context is current.
 FAKE_DRIVER = """
 #include <string.h>
 static int init(unsigned flags) { (void)flags; return INIT; }
-static int driver_version(int* version) { *version = 12080; return 0; }
 static int error_name(int code, const char** name) {
   *name = code == 999 ? "CUDA_ERROR_UNKNOWN" : 0; return code == 999 ? 0 : 1; }
 static int error_string(int code, const char** text) {
@@ -191,21 +192,18 @@ static int error_string(int code, const char** text) {
 static int device_count(int* count) { *count = 2; return 0; }
 static int device(int* handle, int ordinal) { *handle = 10 + ordinal; return 0; }
 static int device_name(char* name, int length, int handle) {
-  strncpy(name, handle == 10 ? "Fake H100" : "Fake H200", length); return 0; }
+  strncpy(name, handle == 10 ? "Fake GPU 0" : "Fake GPU 1", length); return 0; }
 static int attribute(int* value, int which, int handle) {
-  *value = which == 75 ? 9 : which == 76 ? 0 : which == 16 ? 132 : which == 38 ? 52428800 : -handle;
-  return 0; }
-static int memory(unsigned long* bytes, int handle) {
-  *bytes = (unsigned long)handle << 33; return 0; }
+  *value = which == 75 ? MAJOR : which == 76 ? 0 : which == 16 ? 122 + handle : -1; return 0; }
+static int no_context(int* handle) { (void)handle; return 201; }
 static int unused(void) { return 1; }
 int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags,
                         void* status) {
   (void)version; (void)flags; (void)status;
   struct { const char* name; void* function; } table[] = {
-      {"cuInit", init}, {"cuDriverGetVersion", driver_version}, {"cuGetErrorName", error_name},
-      {"cuGetErrorString", error_string}, {"cuDeviceGetCount", device_count},
-      {"cuDeviceGet", device}, {"cuDeviceGetName", device_name},
-      {"cuDeviceGetAttribute", attribute}, {"cuDeviceTotalMem", memory}, {MISSING, 0}};
+      {"cuInit", init}, {"cuGetErrorName", error_name}, {"cuGetErrorString", error_string},
+      {"cuDeviceGetCount", device_count}, {"cuDeviceGet", device}, {"cuDeviceGetName", device_name},
+      {"cuDeviceGetAttribute", attribute}, {"cuCtxGetDevice", no_context}, {MISSING, 0}};
   *function = unused;
   for (unsigned i = 0; i < sizeof(table) / sizeof(table[0]); ++i)
     if (strcmp(table[i].name, name) == 0) *function = table[i].function;
@@ -214,32 +212,31 @@ int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned
 """
 
 
-def list_devices(tmp_path: Path, init: int, missing: str = "") -> dict[str, object]:
-    """What cuda_devices returns or raises with a driver whose cuInit returns `init`."""
+def build_driver(folder: Path, init: int = 0, major: int = 9, missing: str = "") -> str:
+    """Builds FAKE_DRIVER and returns the LD_LIBRARY_PATH to find it."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler to build a driver with")
-    source = tmp_path / "driver.c"
+    source = folder / "driver.c"
     source.write_text(FAKE_DRIVER)
-    output = tmp_path / "libcuda.so.1"
-    defines = [f"-DINIT={init}", f'-DMISSING="{missing}"']
+    output = folder / "libcuda.so.1"
+    defines = [f"-DINIT={init}", f"-DMAJOR={major}", f'-DMISSING="{missing}"']
     subprocess.run([compiler, "-shared", "-fPIC", *defines, source, "-o", output], check=True)
+    return str(folder)
+
+
+def list_devices(tmp_path: Path, init: int, missing: str = "") -> dict[str, object]:
+    """What cuda_devices returns or raises with a driver whose cuInit returns `init`."""
+    path = build_driver(tmp_path, init=init, missing=missing)
     body = CATCH + "message(lambda: report({'devices': native.cuda_devices()}))"
-    (result,) = reports(run(body, tmp_path, LD_LIBRARY_PATH=str(tmp_path)))
+    (result,) = reports(run(body, tmp_path, LD_LIBRARY_PATH=path))
     return result
 
 
 def test_cuda_devices(tmp_path: Path) -> None:
-    common = {
-        "major": 9,
-        "minor": 0,
-        "num_sms": 132,
-        "l2_bytes": 50 << 20,
-        "driver_version": 12080,
-    }
     assert list_devices(tmp_path, init=0)["devices"] == [
-        {"name": "Fake H100", "ordinal": 0, "memory_bytes": 10 << 33} | common,
-        {"name": "Fake H200", "ordinal": 1, "memory_bytes": 11 << 33} | common,
+        {"name": "Fake GPU 0", "ordinal": 0, "major": 9, "minor": 0, "num_sms": 132},
+        {"name": "Fake GPU 1", "ordinal": 1, "major": 9, "minor": 0, "num_sms": 133},
     ]
 
 
@@ -258,6 +255,52 @@ def test_driver_that_is_too_old(tmp_path: Path) -> None:
         "the CUDA driver (libcuda.so.1) is too old: it has no cuLibraryLoadData; jax_deepgemm "
         "needs a driver for CUDA 12.0 or newer"
     )
+
+
+# Without a GPU, XLA's CPU compiler runs the instantiate handler, which plans, checks the device and
+# compiles; nothing is launched.
+INSTANTIATE = """
+import json
+import jax, jax.numpy as jnp, numpy as np
+import jax_deepgemm
+from jax_deepgemm.ffi import _native
+
+jax.devices()  # Registrations before this are queued, and types would come after targets.
+jax.ffi.register_ffi_type(_native.GEMM_STATE_TYPE, _native.gemm_state_type(), platform="cpu")
+jax.ffi.register_ffi_target(_native.GEMM_TARGET, _native.gemm_handlers(), platform="cpu")
+selected = {"num_sms": 0} | dict.fromkeys(jax_deepgemm.GemmConfig.__dataclass_fields__, 0)
+problem = {key: np.int64(x) for key, x in ({"m": 64, "n": 136, "k": 144} | selected).items()}
+call = jax.ffi.ffi_call(_native.GEMM_TARGET, jax.ShapeDtypeStruct((64, 136), jnp.bfloat16))
+
+def outcome(action):
+    try:
+        return action()
+    except RuntimeError as error:
+        return str(error)
+
+compiled = outcome(lambda: bool(jax.jit(lambda: call(problem=problem)).lower().compile()))
+print(json.dumps({"compiled": compiled, "num_sms": outcome(jax_deepgemm.get_num_sms)}))
+"""
+
+
+@pytest.mark.parametrize("major", [8, 10])
+def test_gpu_must_be_hopper(major: int, tmp_path: Path) -> None:
+    path = build_driver(tmp_path, major=major)
+    (result,) = reports(run_package(INSTANTIATE, tmp_path, LD_LIBRARY_PATH=path))
+    assert result == {
+        "compiled": "UNIMPLEMENTED: gemm_fp8_fp8_bf16_nt: this kernel needs a Hopper GPU "
+        f"(sm_90: H100, H200, GH200), but device 10 is Fake GPU 0 (sm_{major}0)",
+        "num_sms": "get_num_sms: there is no Hopper GPU here; call set_num_sms first",
+    }
+    assert not (tmp_path / "cache").exists()
+
+
+def test_hopper_gpu_gets_a_kernel(tmp_path: Path) -> None:
+    nvrtc()
+    path = build_driver(tmp_path)
+    (result,) = reports(run_package(INSTANTIATE, tmp_path, LD_LIBRARY_PATH=path))
+    assert result == {"compiled": True, "num_sms": 132}
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_no_driver_lists_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -90,10 +91,17 @@ def test_disable_ffma_interleave(value: str, interleaved: bool, tmp_path: Path) 
     assert all(result["alternating"]) == interleaved
 
 
-def test_print_reg_reuse_counts_runs(tmp_path: Path) -> None:
-    stderr = run(FFMA, tmp_path, DG_PRINT_REG_REUSE="1", DG_DISABLE_FFMA_INTERLEAVE="0").stderr
-    assert "jax_deepgemm: FFMA runs of chains: " in stderr
-    assert "  .text.chains+0x" in stderr
+def test_print_reg_reuse_counts_runs_on_a_disk_hit_too(tmp_path: Path) -> None:
+    switches = {"DG_PRINT_REG_REUSE": "1", "DG_DISABLE_FFMA_INTERLEAVE": "0"}
+    stderr = run(FFMA, tmp_path, **switches).stderr
+    assert stderr.startswith("jax_deepgemm: FFMA runs of chains: ")
+    assert "\n  .text.chains+0x" in stderr
+    assert run(FFMA, tmp_path, **switches).stderr == stderr
+
+
+def test_print_reg_reuse_prints_nothing_without_the_interleaver(tmp_path: Path) -> None:
+    switches = {"DG_PRINT_REG_REUSE": "1", "DG_DISABLE_FFMA_INTERLEAVE": "1"}
+    assert run(FFMA, tmp_path, **switches).stderr == ""
 
 
 def test_variables_are_read_once(tmp_path: Path) -> None:
@@ -127,6 +135,101 @@ def test_nvcc_compiler(tmp_path: Path) -> None:
     (by_nvrtc,) = reports(run(COMPILE, tmp_path))
     assert by_nvrtc["origin"] == "compiled"
     assert by_nvrtc["path"] != compiled["path"]
+
+
+# Stands for nvcc where there is none: notes its arguments and what the input folder has, prints
+# what ptxas would, and gives out the cubin beside it.
+FAKE_NVCC = """#!/bin/sh
+here={folder}
+if [ "$1" = --version ]; then
+  echo "Cuda compilation tools, release 13.0, V$(cat $here/version)"
+  exit
+fi
+printf '%s\\n' "$@" >>$here/arguments
+for word; do input=$word; done
+(cd "$(dirname "$input")" && cat *.cu include/factor.cuh) >$here/input
+while [ "$1" != -o ]; do shift; done
+cp $here/scale.cubin "$2"
+cat <<'END'
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'scale' for 'sm_90a'
+ptxas info    : Function properties for scale
+    24 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 77 registers, used 0 barriers
+END
+"""
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path: Path) -> Path:
+    folder = tmp_path / "toolkit"
+    folder.mkdir()
+    image = run("print(compile()['image'].hex())", folder / "nvrtc").stdout
+    (folder / "scale.cubin").write_bytes(bytes.fromhex(image))
+    (folder / "version").write_text("13.0.88")
+    path = folder / "nvcc"
+    path.write_text(FAKE_NVCC.format(folder=shlex.quote(str(folder))))
+    path.chmod(0o755)
+    return path
+
+
+def test_command_line_and_log_of_nvcc(fake_nvcc: Path, tmp_path: Path) -> None:
+    variables = {"DG_NVCC_COMPILER": str(fake_nvcc), "TMPDIR": str(tmp_path / "temporary")}
+    (tmp_path / "temporary").mkdir()
+    body = """
+result = compile()
+report(result)
+report(native.toolchain())
+report({"image": None, "is_elf": result["image"].startswith(b"\\x7fELF"), "text": text("scale")})
+"""
+    done = run(body, tmp_path / "cache", DG_JIT_PRINT_NVCC_COMMAND="1", **variables)
+    compiled, toolchain, rest = reports(done)
+    arguments = (fake_nvcc.parent / "arguments").read_text().splitlines()
+    source = arguments[-1]
+    folder = source.removesuffix("/scale.cu")
+    assert folder.startswith(f"{tmp_path}/temporary/jax_deepgemm.")
+    assert arguments == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-cubin",
+        "-std=c++20",
+        "--expt-relaxed-constexpr",
+        "--generate-line-info",
+        "--ptxas-options=-v",
+        f"-I{folder}/include",
+        "-o",
+        f"{folder}/scale.cubin",
+        source,
+    ]
+    assert done.stderr == f"jax_deepgemm: scale: {fake_nvcc} {' '.join(arguments)}\n"
+    factor = "constexpr float kFactor = 3.0f;"
+    assert (fake_nvcc.parent / "input").read_text() == rest["text"] + factor
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert compiled["origin"] == "compiled"
+    assert rest["is_elf"]
+    assert compiled["log"].startswith("ptxas info    : 0 bytes gmem\n")
+    assert compiled["resources"] == {
+        "registers": 77,
+        "spill_bytes": 12,
+        "stack_bytes": 24,
+        "wgmma_serialized": False,
+    }
+    assert toolchain == {
+        "compiler": "NVCC",
+        "version": "13.0.88",
+        "path": str(fake_nvcc),
+        "cache_dir": str(tmp_path / "cache"),
+    }
+
+
+def test_key_covers_nvcc_and_its_version(fake_nvcc: Path, tmp_path: Path) -> None:
+    def origin(**variables: str) -> str:
+        (result,) = reports(run(COMPILE, tmp_path, **variables))
+        return str(result["origin"])
+
+    nvcc = {"DG_NVCC_COMPILER": str(fake_nvcc)}
+    assert [origin(), origin(**nvcc), origin(**nvcc)] == ["compiled", "compiled", "disk"]
+    (fake_nvcc.parent / "version").write_text("13.0.89")
+    assert origin(**nvcc) == "compiled"
 
 
 def test_nvcc_error_has_the_log(tmp_path: Path) -> None:

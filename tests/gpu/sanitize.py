@@ -1,7 +1,8 @@
 """Runs the dense kernel on a few small problems, for NVIDIA's compute-sanitizer.
 
-No pytest file: run it from the repository's root, on a Hopper GPU, under each of the four tools
-(`pip install nvidia-cuda-sanitizer-api` brings them where there is no CUDA toolkit):
+Run it from the repository's root, on a Hopper GPU, under each of the four tools (`pip install
+nvidia-cuda-sanitizer-api` brings them where there is no CUDA toolkit); test_sanitize.py runs these
+very lines where compute-sanitizer is on the PATH:
 
     export XLA_PYTHON_CLIENT_ALLOCATOR=platform XLA_FLAGS=--xla_gpu_enable_command_buffer=
     check="compute-sanitizer --kernel-name kernel_substring=dg_gemm --error-exitcode 1"

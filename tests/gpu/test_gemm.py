@@ -1,12 +1,14 @@
 """The dense kernel on a Hopper GPU against float64, its memory behaviour and its repeatability.
 
 Everything that the listed cases need is compiled beforehand, in threads (`compiled_ahead`).
+Every run draws other numbers; DG_TEST_SEED, which a failure prints, brings them back.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import os
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ import jax_deepgemm
 from jax_deepgemm import GemmConfig, device, gemm_fp8_fp8_bf16_nt
 from jax_deepgemm.cli.shapes import NAMED_SHAPES
 from tests import numerics
+
+SEED = int(os.environ.get("DG_TEST_SEED") or secrets.randbits(32))
 
 # Largest error of one row. Rounding to bf16 gives a row of few values up to 7.6e-6; one wrong value
 # among the 32768 of the longest row here gives 1.5e-5.
@@ -95,6 +99,11 @@ def build(case: Case) -> Callable[..., jax.Array]:
     with sm_limit(case.num_sms):
         lowered = jax.jit(function).lower(*operand_shapes(case.m, case.n, case.k))
     return lowered.compile()
+
+
+def random_operands(m: int, n: int, k: int, index: int = 0) -> numerics.DenseOperands:
+    """Operands that are others in every run, and for every index of a run."""
+    return numerics.dense_operands(m, n, k, seed=SEED + index)
 
 
 def check(d: jax.Array, operands: numerics.DenseOperands) -> None:
@@ -207,6 +216,12 @@ def each(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", [pytest.param(case, id=case_id(case)) for case in cases])
 
 
+@pytest.fixture(autouse=True)
+def seed_in_the_report() -> None:
+    """Pytest shows what is printed here with every test that fails."""
+    print(f"DG_TEST_SEED={SEED}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_ahead() -> None:
     """Compiles kernels, their XLA programs and the oracles of large cases in parallel."""
@@ -263,7 +278,7 @@ def random_bytes(rng: np.random.Generator, rows: int, columns: int) -> np.ndarra
 
 @functools.lru_cache(maxsize=1)
 def large_weights(n: int, k: int) -> tuple[jax.Array, jax.Array]:
-    rng = np.random.default_rng([n, k])
+    rng = np.random.default_rng([SEED, n, k])
     scales = numerics.random_scales(rng, numerics.ceil_div(n, 128), numerics.ceil_div(k, 128))
     return jax.device_put(random_bytes(rng, n, k)), jax.device_put(scales)
 
@@ -273,7 +288,7 @@ def test_seed_shape(case: Case) -> None:
     # Every element of D is compared in float64 on the GPU: all 18 products together are 2 TFLOP,
     # a tenth of a second for an H100's float64 tensor cores.
     m, n, k, *_ = case
-    rng = np.random.default_rng([m, n, k])
+    rng = np.random.default_rng([SEED, m, n, k])
     a = jax.device_put(random_bytes(rng, m, k))
     sfa = jax.device_put(numerics.random_scales(rng, m, numerics.ceil_div(k, 128)))
     b, sfb = large_weights(n, k)
@@ -287,14 +302,14 @@ def test_seed_shape(case: Case) -> None:
 
 @each(EDGE_CASES + CONFIG_CASES + SM_CASES)
 def test_agrees_with_float64(case: Case) -> None:
-    operands = numerics.dense_operands(case.m, case.n, case.k, seed=1)
+    operands = random_operands(case.m, case.n, case.k)
     check(build(case)(*operands), operands)
 
 
 @settings(
     max_examples=25,
     deadline=None,
-    derandomize=True,
+    print_blob=True,
     # Each example compiles a kernel: no time to shrink one.
     phases=[Phase.explicit, Phase.generate],
 )
@@ -310,7 +325,7 @@ def test_random_shapes(m: int, n: int, k: int, seed: int) -> None:
 
 
 def test_vmap_and_eager() -> None:
-    parts = [numerics.dense_operands(45, 136, 304, seed=seed) for seed in range(3)]
+    parts = [random_operands(45, 136, 304, i) for i in range(3)]
     _, _, b, sfb = parts[0]
     a, sfa = (np.stack([part[i] for part in parts]) for i in (0, 1))
     d = jax.vmap(flat, in_axes=(0, 0, None, None))(a, sfa, b, sfb)
@@ -365,7 +380,7 @@ def test_writes_all_of_d_and_nothing_else(case: Case) -> None:
     # D lies in memory that holds SENTINEL, between two arrays of SENTINEL: a value that is left out
     # is far off, and a store past either end of D changes a guard. (What a store would hit further
     # away, and reads outside of the operands, are for compute-sanitizer: sanitize.py.)
-    operands = numerics.dense_operands(case.m, case.n, case.k, seed=2)
+    operands = random_operands(case.m, case.n, case.k)
     before, poison, after = neighbours(case)
     d = write_into(case, poison, operands)
     check(d, operands)
@@ -376,7 +391,7 @@ def test_writes_all_of_d_and_nothing_else(case: Case) -> None:
 @each(BAD_VALUE_CASES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
 def test_bad_values_stay_in_their_row_and_column(case: Case, bad: float) -> None:
-    clean = numerics.dense_operands(case.m, case.n, case.k, seed=3)
+    clean = random_operands(case.m, case.n, case.k)
     a, sfa, b, sfb = (operand.copy() for operand in clean)
     a[3, 200] = np.nan
     sfa[70, 5] = bad  # the last, partial k-block, and the last rows
@@ -399,7 +414,7 @@ def busy_gpu() -> Iterator[None]:
     """Another thread keeps running another program meanwhile."""
     stop = threading.Event()
     other = build(Case(1000, 1096, 1040))
-    operands = [jnp.asarray(x) for x in numerics.dense_operands(1000, 1096, 1040, seed=4)]
+    operands = [jnp.asarray(x) for x in random_operands(1000, 1096, 1040)]
     expected = bits(other(*operands))
     rounds: list[bool] = []
 
@@ -421,7 +436,7 @@ def busy_gpu() -> Iterator[None]:
 
 @each(REPEAT_CASES)
 def test_same_bits_every_time(case: Case) -> None:
-    host = numerics.dense_operands(case.m, case.n, case.k, seed=5)
+    host = random_operands(case.m, case.n, case.k)
     operands = [jnp.asarray(operand) for operand in host]
     gemm = build(case)
     first = gemm(*operands)
@@ -449,7 +464,7 @@ def test_a_chain_of_operations_in_one_program() -> None:
     program = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
     kept = []  # So that every run gets other memory.
     for run in range(4):
-        parts = [numerics.dense_operands(130, 272, 272, seed=10 * run + i) for i in range(6)]
+        parts = [random_operands(130, 272, 272, 6 * run + i) for i in range(6)]
         arguments = [jnp.asarray(x) for part in parts for x in part[1:]]
         results = program(jnp.asarray(parts[0].a), *arguments)
         for part, (a, d) in zip(parts, results, strict=True):
@@ -465,7 +480,7 @@ def test_threads_compile_and_run_different_shapes() -> None:
         cases = [(60 + 50 * i, 72 + 120 * index, 176 + 48 * index) for i in range(3)]
         barrier.wait()
         for m, n, k in cases:
-            operands = numerics.dense_operands(m, n, k, seed=6)
+            operands = random_operands(m, n, k)
             for _ in range(3):
                 check(jax.jit(flat)(*operands), operands)
 
@@ -476,7 +491,7 @@ def test_threads_compile_and_run_different_shapes() -> None:
 
 def test_threads_compile_and_run_the_same_shape() -> None:
     barrier = threading.Barrier(4)
-    operands = numerics.dense_operands(200, 584, 368, seed=7)
+    operands = random_operands(200, 584, 368)
 
     def work() -> bytes:
         barrier.wait()

@@ -1,0 +1,63 @@
+"""The kernel under the tools of NVIDIA's compute-sanitizer, by the commands of sanitize.py."""
+
+import concurrent.futures
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.ffi import _native
+from tests.gpu import sanitize
+
+ROOT = pathlib.Path(__file__).parents[2]
+TIMEOUT_SECONDS = 120
+
+# The indented lines of the docstring: what sets the shell up, then one command per tool.
+LINES = re.findall(r"^ {4}(.+)$", sanitize.__doc__ or "", flags=re.MULTILINE)
+SETUP = [line for line in LINES if not line.startswith("$check ")]
+COMMANDS = {line.split()[2]: line for line in LINES if line.startswith("$check --tool ")}
+
+
+def check(command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the docstring with this Python."""
+    python = pathlib.Path(sys.executable).parent
+    return subprocess.run(
+        # `timeout` ends the whole process group; its exit status is then 124.
+        ["timeout", str(TIMEOUT_SECONDS), "bash", "-c", "\n".join([*SETUP, command])],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{python}{os.pathsep}{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def result_of() -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
+    """Starts all tools together, and hands each one's result out when it is done."""
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("there is no compute-sanitizer on the PATH")
+    with concurrent.futures.ThreadPoolExecutor(len(COMMANDS)) as pool:
+        results = {tool: pool.submit(check, command) for tool, command in COMMANDS.items()}
+        yield lambda tool: results[tool].result()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+def test_tool_finds_no_errors(
+    tool: str, result_of: Callable[[str], subprocess.CompletedProcess[str]]
+) -> None:
+    # The tools check the kernels whose names contain this, and would find nothing in none.
+    assert "kernel_substring=dg_gemm" in "\n".join(SETUP)
+    assert "dg_gemm" in _native.kernel_name(136, 304, GemmConfig(64, 64, 4, 1).fields)
+    done = result_of(tool)
+    assert done.returncode == 0, done.stdout
+    assert f"{len(sanitize.CASES)} cases, worst error" in done.stdout
+    # "ERROR SUMMARY: 0 errors" or "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)".
+    assert re.search(r"SUMMARY: .*\b0 errors", done.stdout), done.stdout
