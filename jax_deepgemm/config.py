@@ -2,9 +2,12 @@
 
 import dataclasses
 
+from jax_deepgemm.arguments import H100_SMS, integer
 from jax_deepgemm.ffi import _native
 
-_H100_SMS = 132  # streaming multiprocessors of an H100 or H200 SXM module
+# m, n, k and SMs of a problem that has room for every configuration there is: k-blocks for four
+# CTAs to split, and SMs for them to run on.
+_ROOMY_PROBLEM = (1, 8, 4 * 128, H100_SMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +15,8 @@ class GemmConfig:
     """How one GEMM kernel is specialised: tile, pipeline and cluster.
 
     Which combinations exist depends on the problem; `legal_configs` lists those worth running and
-    an operation that is given another one says why it does not.
+    an operation that is given another one says why it does not. All that is checked here is that
+    every field is an integer: TypeError or ValueError otherwise, in the name of the field.
 
     Attributes:
         block_m: rows of D per tile: 64, 128 or 256.
@@ -34,13 +38,17 @@ class GemmConfig:
     cluster_k: int = 1
     raster_m: int = 8
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, integer("GemmConfig", name, value, bits=32))
+
     @property
     def fields(self) -> tuple[int, ...]:
         """The attributes' values, in the order in which the native side takes them."""
         return dataclasses.astuple(self)
 
 
-def select_config(m: int, n: int, k: int, *, num_sms: int = _H100_SMS) -> GemmConfig:
+def select_config(m: int, n: int, k: int, *, num_sms: int = H100_SMS) -> GemmConfig:
     """Returns the configuration that an operation of this shape runs with.
 
     The choice depends on nothing but the arguments: no measurement, no state, no GPU.
@@ -52,13 +60,14 @@ def select_config(m: int, n: int, k: int, *, num_sms: int = _H100_SMS) -> GemmCo
         num_sms: SMs the kernel may use.
 
     Raises:
+        TypeError: an argument is no integer.
         ValueError: there is no kernel for this shape.
     """
-    _check_supported("select_config", m, n, k, num_sms)
-    return GemmConfig(*_native.select_config(m, n, k, num_sms))
+    problem = check_problem("select_config", m, n, k, num_sms)
+    return GemmConfig(*_native.select_config(*problem))
 
 
-def legal_configs(m: int, n: int, k: int, *, num_sms: int = _H100_SMS) -> list[GemmConfig]:
+def legal_configs(m: int, n: int, k: int, *, num_sms: int = H100_SMS) -> list[GemmConfig]:
     """Returns the configurations that `select_config` chooses among, in a fixed order.
 
     Args:
@@ -68,15 +77,11 @@ def legal_configs(m: int, n: int, k: int, *, num_sms: int = _H100_SMS) -> list[G
         num_sms: SMs the kernel may use.
 
     Raises:
+        TypeError: an argument is no integer.
         ValueError: there is no kernel for this shape.
     """
-    _check_supported("legal_configs", m, n, k, num_sms)
-    return [GemmConfig(*fields) for fields in _native.candidates(m, n, k, num_sms)]
-
-
-def _check_supported(function: str, m: int, n: int, k: int, num_sms: int) -> None:
-    if why := _native.why_unsupported(m, n, k, num_sms):
-        raise ValueError(f"{function}: {why}")
+    problem = check_problem("legal_configs", m, n, k, num_sms)
+    return [GemmConfig(*fields) for fields in _native.candidates(*problem)]
 
 
 def smem_bytes(config: GemmConfig) -> int:
@@ -84,5 +89,32 @@ def smem_bytes(config: GemmConfig) -> int:
 
     Args:
         config: the kernel's configuration; no GPU is needed.
+
+    Raises:
+        TypeError: config is no GemmConfig.
+        ValueError: no problem has a kernel of this configuration, for example because it needs
+            more shared memory than a CTA can have.
     """
+    check_config("smem_bytes", _ROOMY_PROBLEM, config)
     return _native.smem_bytes(config.fields)
+
+
+def check_problem(function: str, m: int, n: int, k: int, num_sms: int) -> tuple[int, int, int, int]:
+    """Returns (m, n, k, num_sms), or raises in the name of `function` if no kernel computes it."""
+    problem = (
+        integer(function, "m", m, bits=64),
+        integer(function, "n", n, bits=64),
+        integer(function, "k", k, bits=64),
+        integer(function, "num_sms", num_sms, bits=32),
+    )
+    if why := _native.why_unsupported(*problem):
+        raise ValueError(f"{function}: {why}")
+    return problem
+
+
+def check_config(function: str, problem: tuple[int, int, int, int], config: GemmConfig) -> None:
+    """Raises in the name of `function` if `config` is no kernel for (m, n, k, num_sms)."""
+    if not isinstance(config, GemmConfig):
+        raise TypeError(f"{function}: config must be a GemmConfig, got {type(config).__name__}")
+    if why := _native.why_illegal(*problem, config.fields):
+        raise ValueError(f"{function}: config: {why}")

@@ -2,7 +2,22 @@
 
 import jax
 
+from jax_deepgemm.arguments import integer
 from jax_deepgemm.ffi import _native
+
+
+def default_device() -> jax.Device:
+    """The device that JAX puts arrays on now: `jax.default_device`'s, or else the first one."""
+    # The context manager jax.default_device sets the option, too, for its thread.
+    chosen: jax.Device | str | None = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if chosen is None or isinstance(chosen, str):  # a string names a platform
+        return jax.local_devices(backend=chosen)[0]
+    return chosen
+
+
+def is_hopper(device: jax.Device) -> bool:
+    """Whether the kernels run on this device."""
+    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
 
 
 def backend() -> str:
@@ -14,12 +29,12 @@ def backend() -> str:
         RuntimeError: JAX's default device is neither a Hopper GPU nor a CPU, so operations do not
             run on it.
     """
-    device = jax.devices()[0]
+    device = default_device()
     if device.platform == "cpu":
         return "cpu: float32 reference"
-    capability = getattr(device, "compute_capability", None)
-    if device.platform == "gpu" and capability == "9.0":
+    if is_hopper(device):
         return f"cuda: {device.device_kind} (sm_90)"
+    capability = getattr(device, "compute_capability", None)
     raise RuntimeError(
         "backend: jax_deepgemm runs on Hopper GPUs (sm_90) and on CPUs, but JAX's default device "
         f"is {device.device_kind} (platform {device.platform}, compute capability {capability})"
@@ -39,8 +54,10 @@ def set_num_sms(num_sms: int) -> None:
         num_sms: SMs that kernels may use, at least 1.
 
     Raises:
-        ValueError: num_sms is not positive.
+        TypeError: num_sms is no integer.
+        ValueError: num_sms is not positive, or does not fit into 32 bits.
     """
+    num_sms = integer("set_num_sms", "num_sms", num_sms, bits=32)
     if num_sms < 1:
         raise ValueError(f"set_num_sms: num_sms must be at least 1, got {num_sms}")
     global _num_sms_limit
@@ -48,17 +65,23 @@ def set_num_sms(num_sms: int) -> None:
 
 
 def get_num_sms() -> int:
-    """Returns the SMs that kernels may use: the limit, or all of the first Hopper GPU.
+    """Returns the SMs that kernels may use: all of the first Hopper GPU, or the limit if lower.
+
+    Without a Hopper GPU it is the limit.
 
     Raises:
         RuntimeError: no limit is set and there is no Hopper GPU.
     """
+    counts = [
+        int(device["num_sms"])
+        for device in _native.cuda_devices()
+        if (device["major"], device["minor"]) == (9, 0)
+    ][:1]
     if _num_sms_limit:
-        return _num_sms_limit
-    for device in _native.cuda_devices():
-        if (device["major"], device["minor"]) == (9, 0):
-            return int(device["num_sms"])
-    raise RuntimeError("get_num_sms: there is no Hopper GPU here; call set_num_sms first")
+        counts.append(_num_sms_limit)
+    if not counts:
+        raise RuntimeError("get_num_sms: there is no Hopper GPU here; call set_num_sms first")
+    return min(counts)
 
 
 def num_sms_limit() -> int:

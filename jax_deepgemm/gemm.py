@@ -9,7 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_deepgemm import reference
-from jax_deepgemm.config import GemmConfig
+from jax_deepgemm.arguments import H100_SMS, is_array
+from jax_deepgemm.config import GemmConfig, check_config, check_problem
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import declare
@@ -64,6 +65,7 @@ def _batch(
     a = jnp.moveaxis(a, a_axis, 0)
     sfa = jnp.moveaxis(sfa, sfa_axis, 0)
     batch, m, k = a.shape
+    _check_static("gemm_fp8_fp8_bf16_nt", m=batch * m)
     d = bind(a.reshape(batch * m, k), sfa.reshape(batch * m, sfa.shape[2]), b, sfb, **parameters)
     return d.reshape(batch, m, b.shape[0]), 0
 
@@ -93,7 +95,8 @@ def gemm_fp8_fp8_bf16_nt(
 
     Args:
         lhs: (a, sfa): float8_e4m3fn[m, k] and float32[m, ceil(k/128)], for example from
-            `quantize_per_token`. m may be 0; k is a multiple of 16.
+            `quantize_per_token`. m may be 0; k is a multiple of 16. Sizes are static: `jax.export`
+            works with fixed shapes and not with symbolic ones.
         rhs: (b, sfb): float8_e4m3fn[n, k] and float32[ceil(n/128), ceil(k/128)], for example from
             `quantize_per_block`. n is a multiple of 8.
         config: the kernel to run on a GPU; by default `select_config` chooses by shape.
@@ -113,19 +116,18 @@ def gemm_fp8_fp8_bf16_nt(
     a, sfa = _pair(name, "lhs", "(a, sfa)", lhs)
     b, sfb = _pair(name, "rhs", "(b, sfb)", rhs)
     _check(name, "a", a, jnp.float8_e4m3fn, (None, None), "m, k")
-    _check(name, "b", b, jnp.float8_e4m3fn, (None, a.shape[1]), "n, k")
     m, k = a.shape
+    _check_static(name, m=m, k=k)
+    _check(name, "b", b, jnp.float8_e4m3fn, (None, k), "n, k")
     n = b.shape[0]
+    _check_static(name, n=n)
     k_blocks, n_blocks = -(-k // BLOCK), -(-n // BLOCK)
     _check(name, "sfa", sfa, jnp.float32, (m, k_blocks), "m, ceil(k/128)")
     _check(name, "sfb", sfb, jnp.float32, (n_blocks, k_blocks), "ceil(n/128), ceil(k/128)")
     limit = num_sms_limit()
-    if why := _native.why_unsupported(m, n, k, max(limit, 1)):
-        raise ValueError(f"{name}: {why}")
-    if config is not None and not isinstance(config, GemmConfig):
-        raise TypeError(f"{name}: config must be a GemmConfig, got {type(config).__name__}")
-    if config and (why := _native.why_illegal(m, n, k, limit or 132, config.fields)):
-        raise ValueError(f"{name}: config: {why}")
+    problem = check_problem(name, m, n, k, limit or H100_SMS)
+    if config is not None:
+        check_config(name, problem, config)
     return _gemm(a, sfa, b, sfb, config=config, num_sms=limit)
 
 
@@ -136,11 +138,18 @@ def _pair(name: str, argument: str, form: str, pair: Operand) -> tuple[jax.Array
             f"got {type(pair).__name__}"
         )
     for part in pair:
-        if not hasattr(part, "dtype") or not hasattr(part, "shape"):
+        if not is_array(part):
             raise TypeError(
                 f"{name}: {argument} must be a pair {form} of arrays, got {type(part).__name__}"
             )
     return jnp.asarray(pair[0]), jnp.asarray(pair[1])
+
+
+def _check_static(name: str, **sizes: Any) -> None:
+    """Raises if a size is symbolic, as `jax.export` may make it: kernels are compiled for sizes."""
+    for argument, size in sizes.items():
+        if not isinstance(size, int):
+            raise ValueError(f"{name}: {argument} must be static, got {size}")
 
 
 def _check(

@@ -1,7 +1,11 @@
 """Alignment of operands in memory, by DeepGEMM's names."""
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import ArrayLike
+
+from jax_deepgemm.arguments import integer, is_array
 
 _TMA_BYTES = 16  # strides of arrays that TMA reads are multiples of this
 _M_ALIGNMENT = 128  # rows
@@ -11,12 +15,17 @@ def get_tma_aligned_size(x: int, element_size: int) -> int:
     """Returns the smallest size >= x whose bytes are a multiple of 16, as TMA strides must be.
 
     Args:
-        x: number of elements.
+        x: number of elements, at least 0.
         element_size: bytes of one element: 1, 2, 4, 8 or 16.
 
     Raises:
-        ValueError: element_size does not divide 16.
+        TypeError: an argument is no integer.
+        ValueError: x is negative, or element_size does not divide 16.
     """
+    x = integer("get_tma_aligned_size", "x", x, bits=64)
+    element_size = integer("get_tma_aligned_size", "element_size", element_size, bits=64)
+    if x < 0:
+        raise ValueError(f"get_tma_aligned_size: x must be at least 0, got {x}")
     if element_size < 1 or _TMA_BYTES % element_size != 0:
         raise ValueError(
             f"get_tma_aligned_size: element_size must divide {_TMA_BYTES}, got {element_size}"
@@ -30,7 +39,7 @@ def get_m_alignment_for_contiguous_layout() -> int:
     return _M_ALIGNMENT
 
 
-def get_col_major_tma_aligned_tensor(x: jax.Array) -> jax.Array:
+def get_col_major_tma_aligned_tensor(x: ArrayLike) -> jax.Array:
     """Asks XLA to store `x` with its second to last axis contiguous, as the kernels read SFA.
 
     Never needed: operations ask for this layout themselves, and the fusion that computes the
@@ -44,12 +53,15 @@ def get_col_major_tma_aligned_tensor(x: jax.Array) -> jax.Array:
         The same array.
 
     Raises:
+        TypeError: x is no array.
         ValueError: x has fewer than two dimensions.
     """
-    if x.ndim < 2:
-        raise ValueError(
-            f"get_col_major_tma_aligned_tensor: x must have at least 2 dimensions, got {x.ndim}"
-        )
-    *batch, m, k = range(x.ndim)
-    constrained: jax.Array = with_layout_constraint(x, Layout(major_to_minor=(*batch, k, m)))
+    name = "get_col_major_tma_aligned_tensor"
+    if not is_array(x):
+        raise TypeError(f"{name}: x must be an array, got {type(x).__name__}")
+    array = jnp.asarray(x)
+    if array.ndim < 2:
+        raise ValueError(f"{name}: x must have at least 2 dimensions, got {array.ndim}")
+    *batch, m, k = range(array.ndim)
+    constrained: jax.Array = with_layout_constraint(array, Layout(major_to_minor=(*batch, k, m)))
     return constrained

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.typing import ArrayLike
 
 from jax_deepgemm.reference import BLOCK
@@ -32,6 +32,10 @@ class Quantized(NamedTuple):
 
     values: jax.Array
     scales: jax.Array
+
+
+# Exported functions that take or return one can be saved.
+export.register_namedtuple_serialization(Quantized, serialized_name="jax_deepgemm.Quantized")
 
 
 def quantize_per_token(x: ArrayLike, *, power_of_two: bool = False) -> Quantized:

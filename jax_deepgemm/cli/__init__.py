@@ -10,6 +10,8 @@ status.
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from jax_deepgemm.cli import bench, demo, info, precompile
@@ -24,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
         argv: arguments without the program name; empty for the main job.
 
     Returns:
-        Exit status: 0, 1 (something is wrong or missing), 2 (malformed arguments).
+        Exit status: 0, 1 (something is wrong or missing, or nobody reads the output any more),
+        2 (malformed arguments).
     """
     parser = argparse.ArgumentParser(prog="python -m jax_deepgemm", description=demo.__doc__)
     parser.set_defaults(run=demo.run)
@@ -35,5 +38,11 @@ def main(argv: Sequence[str]) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `info | head`
+        # What is still buffered has to go somewhere, or Python complains when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
 from jax_deepgemm.cli import machine, tables, torch_baseline
-from jax_deepgemm.cli.compare import comparison_table, matching_times, yardstick
+from jax_deepgemm.cli.compare import KEY_FIELDS, comparison_table, matching_times, yardstick
 from jax_deepgemm.cli.harness import Candidate, Row, is_good, measure
 from jax_deepgemm.cli.precompile import add_shapes_argument, given_shapes
 from jax_deepgemm.cli.problem import ORACLE, random_problem, random_problems
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compare",
-        type=load_results,
+        type=load_peer,
         metavar="FILE",
         help="results or yardstick file whose time_us or deepgemm_us to print ratios to; "
         "deepgemm_us is also copied into the baselines",
@@ -94,7 +94,7 @@ def parse_config(text: str) -> dict[str, int]:
             raise argparse.ArgumentTypeError(
                 f"{word!r} is not FIELD=VALUE with a field of GemmConfig ({', '.join(fields)})"
             )
-        values[name] = int(value)
+        values[name] = parse_count(value)
     return values
 
 
@@ -106,13 +106,45 @@ def parse_output(text: str) -> Path:
     return path
 
 
+def load_peer(text: str) -> dict[str, Any]:
+    """Reads a results or yardstick file to compare with; an argparse `type`."""
+    return _load(text, {"gpu", "date", "rows"}, set(KEY_FIELDS))
+
+
 def load_results(text: str) -> dict[str, Any]:
-    """Reads a results file; an argparse `type`."""
+    """Reads a results file, as `bench` writes it; an argparse `type`."""
+    document = _load(
+        text, {"gpu", "date", "host_call_us", "rows"}, {*KEY_FIELDS, "config", "baselines"}
+    )
+    for row in document["rows"]:
+        if "failed" not in row:
+            _require(f"{text}: a row", row, {"time_us", "tflops", "gbs", "error"})
+        if row["config"]:
+            try:
+                GemmConfig(**row["config"])
+            except (TypeError, ValueError) as error:
+                raise argparse.ArgumentTypeError(f"{text}: config: {error}") from error
+    return document
+
+
+def _load(text: str, fields: set[str], row_fields: set[str]) -> dict[str, Any]:
+    """Reads a JSON file that has at least these fields, and rows with these."""
     try:
         document: dict[str, Any] = json.loads(Path(text).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    _require(text, document, fields)
+    for row in document["rows"]:
+        _require(f"{text}: a row", row, row_fields)
     return document
+
+
+def _require(what: str, value: Any, fields: set[str]) -> None:
+    missing = fields - value.keys() if isinstance(value, dict) else fields
+    if missing:
+        raise argparse.ArgumentTypeError(
+            f"{what} is not as `bench` writes it: without {', '.join(sorted(missing))}"
+        )
 
 
 def run(args: argparse.Namespace) -> int:

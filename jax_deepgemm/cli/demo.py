@@ -11,6 +11,7 @@ import time
 import jax
 
 import jax_deepgemm
+from jax_deepgemm.arguments import H100_SMS
 from jax_deepgemm.cli import machine, precompile, tables
 from jax_deepgemm.cli.harness import Candidate, Row, dense_row, is_good, measure, time_fields
 from jax_deepgemm.cli.problem import (
@@ -28,8 +29,6 @@ from jax_deepgemm.cli.timing import Call, Flush, wall_times_us
 REDUCTION = 8
 GPU_ITERATIONS = 20
 CPU_ITERATIONS = 3
-H100_NUM_SMS = 132
-CPU_LOWERING = "cpu: float32 reference"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,12 +37,11 @@ def run(args: argparse.Namespace) -> int:
     gpu = machine.hopper_gpu()
     start = time.monotonic()
     if gpu:
-        rows = _on_gpu(gpu, seed)
+        rows, lowering = _on_gpu(gpu, seed), jax_deepgemm.backend()
     else:
         tables.console.print(machine.why_no_gpu())
         with jax.default_device(jax.devices("cpu")[0]):
-            rows = _on_cpu(seed)
-    lowering = jax_deepgemm.backend() if gpu else CPU_LOWERING
+            rows, lowering = _on_cpu(seed), jax_deepgemm.backend()
     heading = "kernel us" if gpu else "wall us"
     tables.console.print(tables.results_table(rows, lowering, heading))
     tables.console.print(f"{ORACLE}. Operands: quantised normals, seed {seed}.")
@@ -52,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     tables.console.print(f"{good} of {len(rows)} below {MAX_ERROR:.0e}, {seconds:.0f} s")
     status = 0 if good == len(rows) else 1
     if not gpu:
-        status |= precompile.report_kernels(NAMED_SHAPES["seed"], H100_NUM_SMS)
+        status |= precompile.report_kernels(NAMED_SHAPES["seed"], H100_SMS)
     return status
 
 

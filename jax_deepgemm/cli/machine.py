@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 import jax_deepgemm
+from jax_deepgemm.device import default_device, is_hopper
 
 PACKAGES = (
     "jax",
@@ -36,16 +37,14 @@ GPU_FIELDS = (
 
 
 def hopper_gpu() -> jax.Device | None:
-    """The default GPU when it can run the kernels (sm_90), else None."""
-    device = jax.devices()[0]
-    if device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0":
-        return device
-    return None
+    """JAX's default device when it can run the kernels (sm_90), else None."""
+    device = default_device()
+    return device if is_hopper(device) else None
 
 
 def why_no_gpu() -> str:
     """One sentence that says which device JAX sees instead of an sm_90 GPU."""
-    device = jax.devices()[0]
+    device = default_device()
     found = device.device_kind
     if device.platform == "gpu":
         found += f" (compute capability {getattr(device, 'compute_capability', 'unknown')})"

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
+from jax_deepgemm.arguments import H100_SMS
 from jax_deepgemm.cli import tables
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, SHAPES_HELP, Shape, parse_count, parse_shapes
 from jax_deepgemm.ffi import KernelReport, compile_kernel
@@ -98,7 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `compile`."""
     add_shapes_argument(parser)
     parser.add_argument(
-        "--num-sms", type=parse_count, default=132, help="SM count of the GPU to compile for (132)"
+        "--num-sms",
+        type=parse_count,
+        default=H100_SMS,
+        help=f"SM count of the GPU to compile for ({H100_SMS})",
     )
     parser.add_argument("--jobs", type=parse_count, help="compiler threads (the CPU count)")
 

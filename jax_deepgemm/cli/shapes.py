@@ -4,6 +4,9 @@ import argparse
 import re
 from typing import NamedTuple
 
+MAX_SIZE = 2**31 - 65537  # of m, n and k: tile arithmetic is in 32 bits
+MAX_COUNT = 2**31 - 1
+
 
 class Shape(NamedTuple):
     """A dense problem, D[m, n] = A[m, k] B[n, k]^T."""
@@ -65,9 +68,10 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
                 f"{', '.join(NAMED_SHAPES)}"
             )
         shape = Shape(*map(int, word.split("x")))
-        if min(shape) < 1 or shape.n % 8 or shape.k % 16:
+        if min(shape) < 1 or max(shape) > MAX_SIZE or shape.n % 8 or shape.k % 16:
             raise argparse.ArgumentTypeError(
-                f"{word!r}: m must be at least 1, n a multiple of 8, k a multiple of 16"
+                f"{word!r}: m must be at least 1, n a multiple of 8, k a multiple of 16, "
+                f"and none above {MAX_SIZE}"
             )
         shapes.append(shape)
     if not shapes:
@@ -77,6 +81,6 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 def parse_count(text: str) -> int:
     """Parses a positive number; an argparse `type`."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_COUNT}")
     return int(text)

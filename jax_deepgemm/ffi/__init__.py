@@ -13,13 +13,18 @@ from typing import TYPE_CHECKING
 import jax
 import jaxlib
 
+from jax_deepgemm.arguments import H100_SMS
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.toolchain import ToolchainInfo, locate_nvrtc, toolchain
 
 if TYPE_CHECKING:
     from jax_deepgemm.config import GemmConfig
 
-__all__ = ["KernelReport", "ToolchainInfo", "compile_kernel", "toolchain"]
+__all__ = ["CUSTOM_CALL_TARGETS", "KernelReport", "ToolchainInfo", "compile_kernel", "toolchain"]
+
+CUSTOM_CALL_TARGETS: tuple[str, ...] = (_native.GEMM_TARGET,)
+"""The custom calls that this package's operations become on a GPU. `jax.export.export` wants their
+names: disabled_checks=[DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALL_TARGETS]."""
 
 
 def _runtime_api_version() -> tuple[int, int]:
@@ -85,7 +90,9 @@ class KernelReport:
     path: str
 
 
-def compile_kernel(n: int, k: int, config: "GemmConfig", *, num_sms: int = 132) -> KernelReport:
+def compile_kernel(
+    n: int, k: int, config: "GemmConfig", *, num_sms: int = H100_SMS
+) -> KernelReport:
     """Compiles the dense kernel for sm_90a through the JIT and its caches; needs no GPU.
 
     Args:
@@ -95,9 +102,15 @@ def compile_kernel(n: int, k: int, config: "GemmConfig", *, num_sms: int = 132) 
         num_sms: SMs the kernel may use.
 
     Raises:
-        RuntimeError: the configuration is illegal, or there is no compiler, or it failed; the
-            message has its log.
+        TypeError: config is no GemmConfig, or another argument no integer.
+        ValueError: there is no kernel for these sizes, or the configuration is illegal for them.
+        RuntimeError: there is no compiler, or it failed; the message has its log.
     """
+    from jax_deepgemm.config import check_config, check_problem  # which imports this package
+
+    problem = check_problem("compile_kernel", 1, n, k, num_sms)
+    check_config("compile_kernel", problem, config)
+    _, n, k, num_sms = problem
     text, headers = _native.kernel_source(n, k, num_sms, config.fields)
     name = _native.kernel_name(n, k, config.fields)
     result = _native.jit_compile(name, name, text, headers)

@@ -268,7 +268,8 @@ class TestCommand:
             (["--config", "block_m=64", "--sweep"], "not allowed with"),
             (["--compare", "/nowhere.json"], "/nowhere.json: [Errno 2]"),
             (["--output", "/nowhere/results.json"], "there is no folder /nowhere"),
-            (["--iterations", "0"], "'0' is not a positive number"),
+            (["--iterations", "0"], "'0' is not a number from 1 to"),
+            (["--config", "block_m=99999999999"], "'99999999999' is not a number from 1 to"),
         ],
     )
     def test_malformed_arguments(
@@ -278,6 +279,57 @@ class TestCommand:
             main(["bench", *arguments])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+    # What load_results and load_peer refuse: fields of the document, fields of its row (None: to be
+    # left out), and what is said.
+    BROKEN = (
+        ({"gpu": None}, {}, "without gpu", True),
+        ({"rows": None}, {}, "without rows", True),
+        ({"host_call_us": None}, {}, "without host_call_us", False),
+        ({}, {"n": None, "op": None}, "a row is not as `bench` writes it: without n, op", True),
+        ({}, {"config": None}, "without config", False),
+        ({}, {"time_us": None, "error": None}, "without error, time_us", False),
+        ({}, {"config": {"block_q": 64}}, "config: ", False),
+    )
+
+    @pytest.mark.parametrize("document_changes, row_changes, message, also_peer", BROKEN)
+    def test_results_file_that_lacks_something(
+        self,
+        document_changes: dict[str, Any],
+        row_changes: dict[str, Any],
+        message: str,
+        also_peer: bool,
+        tmp_path: pathlib.Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def change(fields: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in (fields | changes).items() if value is not None}
+
+        row = dense(64, time_us=1.0, tflops=1.0, gbs=1.0, error=0.0, config={}, baselines={})
+        document = {"gpu": "g", "date": "d", "host_call_us": {}, "rows": [row]}
+        path = tmp_path / "results.json"
+        path.write_text(json.dumps(document))
+        assert main(["bench", "--results", str(path), "--compare", str(path)]) == 0
+
+        broken = change(document | {"rows": [change(row, row_changes)]}, document_changes)
+        path.write_text(json.dumps(broken))
+        for option in ("--results", "--compare") if also_peer else ("--results",):
+            with pytest.raises(SystemExit) as stopped:
+                main(["bench", option, str(path)])
+            assert stopped.value.code == 2
+            assert f"argument {option}: {path}" in (said := capsys.readouterr().err)
+            assert message in said
+
+    @pytest.mark.parametrize("text", ["{}", "[]", "1"])
+    @pytest.mark.parametrize("option", ["--results", "--compare"])
+    def test_json_that_is_no_results_file(
+        self, option: str, text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", option, str(tmp_path / "results.json")])
+        assert stopped.value.code == 2
+        assert "is not as `bench` writes it: without date, gpu" in capsys.readouterr().err
 
     def test_config(self) -> None:
         assert bench.parse_config("block_m=64, cluster_n=2") == {"block_m": 64, "cluster_n": 2}

@@ -18,7 +18,7 @@ from jax_deepgemm.cli.problem import (
     product_error,
     random_problem,
 )
-from jax_deepgemm.cli.shapes import NAMED_SHAPES, Shape, parse_count, parse_shapes
+from jax_deepgemm.cli.shapes import MAX_SIZE, NAMED_SHAPES, Shape, parse_count, parse_shapes
 
 SMALL = Shape(64, 256, 384)
 NO_NVRTC = "NVRTC not found: this test hides it"
@@ -76,16 +76,30 @@ class TestShapes:
         with pytest.raises(argparse.ArgumentTypeError, match=r"MxNxK|at least one shape"):
             parse_shapes(text)
 
-    @pytest.mark.parametrize("text", ["0x256x384", "64x255x384", "64x256x24", "64x0x384"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("0x256x384", "64x255x384", "64x256x24", "64x0x384"),
+            *("99999999999x512x256", "64x99999999992x256", f"64x512x{10**30}"),
+            f"{MAX_SIZE + 1}x512x256",
+        ],
+    )
     def test_illegal(self, text: str) -> None:
         with pytest.raises(
-            argparse.ArgumentTypeError, match="n a multiple of 8, k a multiple of 16"
+            argparse.ArgumentTypeError,
+            match=f"n a multiple of 8, k a multiple of 16, and none above {MAX_SIZE}",
         ):
             parse_shapes(text)
 
-    @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x"])
+    def test_largest_size_is_that_of_selection(self) -> None:
+        assert parse_shapes(f"{MAX_SIZE}x512x256") == (Shape(MAX_SIZE, 512, 256),)
+        jax_deepgemm.select_config(MAX_SIZE, 512, 256)
+        with pytest.raises(ValueError, match="select_config: m must be"):
+            jax_deepgemm.select_config(MAX_SIZE + 1, 512, 256)
+
+    @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "99999999999"])
     def test_counts_are_positive(self, text: str) -> None:
-        with pytest.raises(argparse.ArgumentTypeError, match="not a positive number"):
+        with pytest.raises(argparse.ArgumentTypeError, match="not a number from 1 to 2147483647"):
             parse_count(text)
 
     def test_flops_and_bytes(self) -> None:
@@ -182,6 +196,22 @@ class TestInfo:
         assert done.returncode == 0, done.stderr
         assert NO_NVRTC in done.stdout
 
+    def test_reader_that_stops_early(self, tmp_path: pathlib.Path) -> None:
+        for i in range(5000):  # more lines than a pipe holds
+            (tmp_path / f"{i:060}.cubin").touch()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jax_deepgemm", "info"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "DG_CACHE_DIR": str(tmp_path)},
+        )
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
+
 
 class TestCompile:
     def test_fills_the_cache(self, tmp_path: pathlib.Path) -> None:
@@ -214,11 +244,19 @@ class TestCompile:
         assert main(["compile", "--shapes", "64x256x384", "--num-sms", "78"]) == 1
         assert "n=256 k=384 selected for 78, compiled for 78" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("shapes", ["64x7168", "64x7168x2049", "everything"])
+    @pytest.mark.parametrize(
+        "shapes", ["64x7168", "64x7168x2049", "everything", "99999999999x512x256"]
+    )
     def test_malformed_shapes(self, shapes: str) -> None:
         done = run_command("compile", "--shapes", shapes)
         assert done.returncode == 2
         assert done.stderr.count("error:") == 1 and repr(shapes) in done.stderr
+
+    def test_too_many_sms(self) -> None:
+        done = run_command("compile", "--num-sms", "99999999999")
+        assert done.returncode == 2
+        assert "'99999999999' is not a number from 1 to 2147483647" in done.stderr
+        assert "Traceback" not in done.stderr
 
     def test_missing_nvrtc(self, tmp_path: pathlib.Path) -> None:
         done = hide_nvrtc("compile", tmp_path)

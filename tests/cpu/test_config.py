@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,8 +97,10 @@ def test_candidates_are_of_every_kind() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((-1, 8, 16, 132), "m must be between 0 and 2^31 - 65536, got -1"),
-        ((2**31, 8, 16, 132), "m must be between 0 and 2^31 - 65536, got 2147483648"),
+        ((-1, 8, 16, 132), "m must not be negative, got -1"),
+        ((2**31, 8, 16, 132), "m must be at most 2147418111, got 2147483648"),
+        ((1, 2**31, 16, 132), "n must be at most 2147418111, got 2147483648"),
+        ((1, 8, 2**31, 132), "k must be at most 2147418111, got 2147483648"),
         ((1, 12, 16, 132), "n must be a positive multiple of 8, got 12"),
         ((1, 0, 16, 132), "n must be a positive multiple of 8, got 0"),
         ((1, -8, 16, 132), "n must be a positive multiple of 8, got -8"),
@@ -115,6 +118,27 @@ def test_unsupported_problem(
     with pytest.raises(ValueError) as raised:
         function(*shape, num_sms=num_sms)
     assert str(raised.value) == f"{function.__name__}: {message}"
+
+
+SIZES = {"m": 64, "n": 8, "k": 16, "num_sms": 132}
+
+
+@pytest.mark.parametrize("function", [select_config, legal_configs])
+@pytest.mark.parametrize("argument", SIZES)
+def test_size_that_is_no_integer(function: Any, argument: str) -> None:
+    for value in (64.5, "64", None):
+        with pytest.raises(TypeError) as raised:
+            function(**(SIZES | {argument: value}))
+        message = f"{function.__name__}: {argument} must be an integer, got {value!r}"
+        assert str(raised.value) == message
+    for value in (10**30, -(10**30)):
+        with pytest.raises(ValueError) as raised:
+            function(**(SIZES | {argument: value}))
+        bits = 32 if argument == "num_sms" else 64
+        message = f"{function.__name__}: {argument} must fit into {bits} bits, got {value}"
+        assert str(raised.value) == message
+    numpy_size = np.int64(SIZES[argument])
+    assert function(**(SIZES | {argument: numpy_size})) == function(**SIZES)
 
 
 # --- Legality ------------------------------------------------------------------------------------
@@ -180,7 +204,8 @@ RULES: list[tuple[dict[str, int], str]] = [
     ),
     ({"num_stages": 1}, "num_stages must be between 2 and 32, got 1"),
     ({"num_stages": 33}, "num_stages must be between 2 and 32, got 33"),
-    ({"raster_m": 0}, "raster_m must be at least 1, got 0"),
+    ({"raster_m": 0}, "raster_m must be between 1 and 1024, got 0"),
+    ({"raster_m": 1025}, "raster_m must be between 1 and 1024, got 1025"),
 ]
 
 
@@ -215,7 +240,7 @@ def test_just_inside_the_rules() -> None:
         {"cluster_k": 4, "num_sms": 4},
         {"num_stages": 2},
         {"num_stages": 12},
-        {"raster_m": 1000},
+        {"raster_m": 1024},
     ):
         assert why_illegal(**changes) == ""
 
@@ -300,6 +325,82 @@ def test_config_is_a_value() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.block_m = 64  # type: ignore[misc]
     assert all(type(field) is int for field in config.fields)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(GemmConfig)])
+def test_field_that_is_no_integer(field: str) -> None:
+    for value in ("96", 96.0, None):
+        with pytest.raises(TypeError) as raised:
+            dataclasses.replace(BASE, **{field: value})  # type: ignore[arg-type]
+        assert str(raised.value) == f"GemmConfig: {field} must be an integer, got {value!r}"
+    for value in (2**40, -(2**31) - 1):
+        with pytest.raises(ValueError) as raised:
+            dataclasses.replace(BASE, **{field: value})
+        assert str(raised.value) == f"GemmConfig: {field} must fit into 32 bits, got {value}"
+    # NumPy's integers become Python's, which JSON can hold.
+    config = dataclasses.replace(BASE, **{field: np.int64(getattr(BASE, field))})
+    assert config == BASE
+    assert all(type(value) is int for value in config.fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (GemmConfig(-64, 64, 4), "block_m must be 64, 128 or 256, got -64"),
+        (GemmConfig(64, 63, 4), "block_n must be a multiple of 8 between 16 and 256, got 63"),
+        (GemmConfig(64, 64, -4), "num_stages must be between 2 and 32, got -4"),
+        (GemmConfig(64, 64, 4, cluster_k=0), "cluster_k must be 1, 2 or 4, got 0"),
+        (
+            GemmConfig(128, 128, 8),
+            "num_stages must be small enough for 232448 bytes of shared memory "
+            "(this needs 299136), got 8",
+        ),
+    ],
+    ids=str,
+)
+def test_smem_bytes_of_no_kernel(config: GemmConfig, message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        smem_bytes(config)
+    assert str(raised.value) == f"smem_bytes: config: {message}"
+
+
+def test_smem_bytes_of_another_thing() -> None:
+    with pytest.raises(TypeError) as raised:
+        smem_bytes(BASE.fields)  # type: ignore[arg-type]
+    assert str(raised.value) == "smem_bytes: config must be a GemmConfig, got tuple"
+
+
+def test_smem_bytes_needs_no_problem() -> None:
+    # A config that only a large k or many SMs allow.
+    assert smem_bytes(dataclasses.replace(BASE, cluster_k=4)) > smem_bytes(BASE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((2113, 512, BASE), ValueError, "n must be a positive multiple of 8, got 2113"),
+        ((512, 24, BASE), ValueError, "k must be a positive multiple of 16, got 24"),
+        ((512.0, 512, BASE), TypeError, "n must be an integer, got 512.0"),
+        (
+            (512, 512, GemmConfig(96, 64, 4)),
+            ValueError,
+            "config: block_m must be 64, 128 or 256, got 96",
+        ),
+        (
+            (512, 384, dataclasses.replace(BASE, cluster_k=4)),
+            ValueError,
+            "config: cluster_k must be at most the number of k-blocks (3), got 4",
+        ),
+        ((512, 512, None), TypeError, "config must be a GemmConfig, got NoneType"),
+    ],
+    ids=str,
+)
+def test_compile_kernel_of_no_kernel(
+    arguments: tuple[Any, ...], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        ffi.compile_kernel(*arguments)
+    assert str(raised.value) == f"compile_kernel: {message}"
 
 
 def test_smem_bytes_counts_the_rings() -> None:

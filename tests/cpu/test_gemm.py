@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
 import jax_deepgemm
-from jax_deepgemm import GemmConfig, gemm_fp8_fp8_bf16_nt
+from jax_deepgemm import GemmConfig, Quantized, ffi, gemm_fp8_fp8_bf16_nt
 from jax_deepgemm.ffi import _native
 from tests import numerics
 
@@ -529,6 +530,79 @@ def test_cuda_call_of_a_folded_batch() -> None:
     (call,) = cuda_calls(cuda_text(fold, *batched(3, 5)))
     assert problem_of(call)["m"] == 15
     assert "tensor<16x2xf32>" in call  # sfa, padded once for the whole batch
+
+
+# --- jax.export ----------------------------------------------------------------------------------
+
+
+def export_for_cuda(function: Callable[..., Any], *arguments: Any) -> export.Exported:
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in ffi.CUSTOM_CALL_TARGETS]
+    exporting = export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)
+    return exporting(*arguments)
+
+
+def gemm_of_quantized(lhs: Quantized, rhs: Quantized) -> Quantized:
+    return jax_deepgemm.quantize_per_token(gemm_fp8_fp8_bf16_nt(lhs, rhs))
+
+
+def test_export_of_fixed_shapes(operands: numerics.DenseOperands) -> None:
+    a, sfa, b, sfb = operands
+    exported = export_for_cuda(gemm_of_quantized, Quantized(a, sfa), Quantized(b, sfb))
+    assert exported.platforms == ("cuda",)
+    (call,) = cuda_calls(exported.mlir_module())
+    assert problem_of(call)["n"] == N
+
+
+def test_exported_function_is_saved_with_its_pairs(operands: numerics.DenseOperands) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export saves through flatbuffers")
+    a, sfa, b, sfb = operands
+    exported = export_for_cuda(gemm_of_quantized, Quantized(a, sfa), Quantized(b, sfb))
+    restored = export.deserialize(exported.serialize())
+    assert restored.in_tree == exported.in_tree
+    assert restored.out_tree == jax.tree.structure(Quantized(0, 0))
+    assert cuda_calls(restored.mlir_module()) == cuda_calls(exported.mlir_module())
+
+
+def symbolic_operands(m: Any, n: Any, k: Any) -> list[jax.ShapeDtypeStruct]:
+    k_blocks = (k + 127) // 128
+    return [
+        jax.ShapeDtypeStruct((m, k), E4M3),
+        jax.ShapeDtypeStruct((m, k_blocks), F32),
+        jax.ShapeDtypeStruct((n, k), E4M3),
+        jax.ShapeDtypeStruct(((n + 127) // 128, k_blocks), F32),
+    ]
+
+
+@pytest.mark.parametrize("dimension", ["m", "n", "k"])
+def test_symbolic_dimension_is_refused(dimension: str) -> None:
+    (symbol,) = export.symbolic_shape("size")
+    sizes: dict[str, Any] = {"m": M, "n": N, "k": K}
+    with pytest.raises(ValueError) as raised:
+        export_for_cuda(flat, *symbolic_operands(**(sizes | {dimension: symbol})))
+    assert str(raised.value) == f"{OP}: {dimension} must be static, got size"
+
+
+def test_symbolic_batch_is_refused() -> None:
+    (batch,) = export.symbolic_shape("batch")
+    a, sfa, b, sfb = symbolic_operands(M, N, K)
+    a, sfa = (jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for x in (a, sfa))
+    with pytest.raises(ValueError) as raised:
+        export_for_cuda(jax.vmap(flat, in_axes=(0, 0, None, None)), a, sfa, b, sfb)
+    assert str(raised.value) == f"{OP}: m must be static, got 16*batch"
+
+
+# --- Gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda x: jax.jvp(f, (x,), (x,))])
+def test_gradients_are_refused(transform: Any, operands: numerics.DenseOperands) -> None:
+    a, sfa, b, sfb = operands
+
+    def total(sfa: jax.Array) -> jax.Array:
+        return flat(a, sfa, b, sfb).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match=OP):
+        transform(total)(jnp.asarray(sfa))
 
 
 # --- shard_map -----------------------------------------------------------------------------------

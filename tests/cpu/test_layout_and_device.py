@@ -10,6 +10,7 @@ import pytest
 
 import jax_deepgemm
 from jax_deepgemm import device
+from jax_deepgemm.cli import machine
 from jax_deepgemm.ffi import _native
 from tests import numerics
 
@@ -50,6 +51,25 @@ def test_tma_aligned_size_of_odd_elements(element_size: int) -> None:
     assert str(raised.value) == (
         f"get_tma_aligned_size: element_size must divide 16, got {element_size}"
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((-1, 4), ValueError, "x must be at least 0, got -1"),
+        ((2**64, 4), ValueError, f"x must fit into 64 bits, got {2**64}"),
+        ((8.0, 4), TypeError, "x must be an integer, got 8.0"),
+        ((8, "4"), TypeError, "element_size must be an integer, got '4'"),
+        ((8, 4.0), TypeError, "element_size must be an integer, got 4.0"),
+    ],
+    ids=str,
+)
+def test_tma_aligned_size_of_bad_numbers(
+    arguments: tuple[Any, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind) as raised:
+        jax_deepgemm.get_tma_aligned_size(*arguments)
+    assert str(raised.value) == f"get_tma_aligned_size: {message}"
 
 
 def test_m_alignment() -> None:
@@ -97,6 +117,22 @@ def test_col_major_needs_two_dimensions(shape: tuple[int, ...]) -> None:
     )
 
 
+def test_col_major_takes_numpy_arrays() -> None:
+    x = np.arange(21, dtype=np.float32).reshape(7, 3)
+    result = jax_deepgemm.get_col_major_tma_aligned_tensor(x)
+    assert isinstance(result, jax.Array)
+    np.testing.assert_array_equal(result, x)
+
+
+@pytest.mark.parametrize("x", [1.0, [[1.0]], None, "x"], ids=str)
+def test_col_major_of_no_array(x: Any) -> None:
+    with pytest.raises(TypeError) as raised:
+        jax_deepgemm.get_col_major_tma_aligned_tensor(x)
+    assert str(raised.value) == (
+        f"get_col_major_tma_aligned_tensor: x must be an array, got {type(x).__name__}"
+    )
+
+
 # --- SM limit ------------------------------------------------------------------------------------
 
 A100 = {"name": "NVIDIA A100", "major": 8, "minor": 0, "num_sms": 108}
@@ -108,11 +144,19 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, *gpus: dict[str, Any]) -> None:
 
 
 def test_limit_is_what_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    see_gpus(monkeypatch, H100_PCIE)
-    for num_sms in (1, 66, 1000):
+    see_gpus(monkeypatch)
+    for num_sms in (1, 66, 1000, np.int64(7)):
         jax_deepgemm.set_num_sms(num_sms)
         assert jax_deepgemm.get_num_sms() == num_sms
         assert device.num_sms_limit() == num_sms
+        assert type(device.num_sms_limit()) is int
+
+
+def test_limit_above_the_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, A100, H100_PCIE)
+    for num_sms, expected in ((1, 1), (66, 66), (110, 110), (114, 114), (115, 114), (1000, 114)):
+        jax_deepgemm.set_num_sms(num_sms)
+        assert jax_deepgemm.get_num_sms() == expected
 
 
 @pytest.mark.parametrize("num_sms", [0, -1])
@@ -122,6 +166,22 @@ def test_limit_must_be_positive(num_sms: int) -> None:
         jax_deepgemm.set_num_sms(num_sms)
     assert str(raised.value) == f"set_num_sms: num_sms must be at least 1, got {num_sms}"
     assert jax_deepgemm.get_num_sms() == 66
+
+
+@pytest.mark.parametrize(
+    ("num_sms", "kind", "message"),
+    [
+        (1.5, TypeError, "must be an integer, got 1.5"),
+        ("3", TypeError, "must be an integer, got '3'"),
+        (10**12, ValueError, "must fit into 32 bits, got 1000000000000"),
+    ],
+)
+def test_limit_must_be_an_integer(num_sms: Any, kind: type[Exception], message: str) -> None:
+    jax_deepgemm.set_num_sms(66)
+    with pytest.raises(kind) as raised:
+        jax_deepgemm.set_num_sms(num_sms)
+    assert str(raised.value) == f"set_num_sms: num_sms {message}"
+    assert device.num_sms_limit() == 66
 
 
 def test_without_a_limit_it_is_the_first_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,12 +197,6 @@ def test_without_limit_and_hopper_gpu(
     with pytest.raises(RuntimeError) as raised:
         jax_deepgemm.get_num_sms()
     assert str(raised.value) == ("get_num_sms: there is no Hopper GPU here; call set_num_sms first")
-
-
-def test_cuda_devices_are_those_of_the_driver() -> None:
-    for gpu in _native.cuda_devices():
-        assert gpu.keys() >= {"name", "major", "minor", "num_sms"}
-        assert gpu["num_sms"] > 0
 
 
 def test_traced_function_keeps_the_limit_it_saw() -> None:
@@ -167,22 +221,40 @@ def test_traced_function_keeps_the_limit_it_saw() -> None:
 
 
 def see_default(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(**attributes)])
+    seen = [SimpleNamespace(**attributes)]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: seen if backend is None else [])
 
 
-def test_backend_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = jax.devices("cpu")
-    monkeypatch.setattr(jax, "devices", lambda: cpu)
-    assert jax_deepgemm.backend() == "cpu: float32 reference"
+H100_DEVICE = {
+    "platform": "gpu",
+    "device_kind": "NVIDIA H100 80GB HBM3",
+    "compute_capability": "9.0",
+}
+
+
+@pytest.mark.parametrize("chosen", ["cpu", lambda: jax.devices("cpu")[0]], ids=["name", "device"])
+def test_backend_of_a_chosen_cpu(chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = jax.devices("cpu")
+    with jax.default_device(chosen if isinstance(chosen, str) else chosen()):
+        assert jax_deepgemm.backend() == "cpu: float32 reference"
+        # Also where there is a GPU, which would be the default.
+        devices = {None: [SimpleNamespace(**H100_DEVICE)], "cpu": cpus}
+        monkeypatch.setattr(jax, "local_devices", lambda backend: devices[backend])
+        assert jax_deepgemm.backend() == "cpu: float32 reference"
+        assert machine.hopper_gpu() is None
+        assert machine.why_no_gpu().endswith("JAX's default device here is cpu.")
+    assert jax_deepgemm.backend().startswith("cuda: ")
+    assert machine.hopper_gpu() is devices[None][0]
+
+
+def test_default_device_is_where_arrays_go() -> None:
+    for chosen in (jax.devices("cpu")[3], "cpu"):
+        with jax.default_device(chosen):
+            assert jnp.zeros(1).devices() == {device.default_device()}
 
 
 def test_backend_of_a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    see_default(
-        monkeypatch,
-        platform="gpu",
-        device_kind="NVIDIA H100 80GB HBM3",
-        compute_capability="9.0",
-    )
+    see_default(monkeypatch, **H100_DEVICE)
     assert jax_deepgemm.backend() == "cuda: NVIDIA H100 80GB HBM3 (sm_90)"
 
 
