@@ -14,8 +14,11 @@
 
 namespace dg::jit {
 
-// Whether the pass runs when DG_DISABLE_FFMA_INTERLEAVE is not set.
-inline constexpr bool kInterleaveByDefault = true;
+// Whether the pass runs when DG_DISABLE_FFMA_INTERLEAVE is not set. Off, by measurement: with NVRTC
+// 13.0 ptxas alternates the yield bit itself in kernels with two math warpgroups, so the pass finds
+// nothing to do, and with one it changes no time beyond noise (docs/performance.md). What patches
+// machine code has to earn its place. "0" turns it on, for NVRTC 12.8 and older.
+inline constexpr bool kInterleaveByDefault = false;
 
 // One run of at least kMinFfmaRun consecutive FFMA instructions, before and after the pass.
 struct FfmaRun {
