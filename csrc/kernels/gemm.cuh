@@ -179,8 +179,8 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
   __syncwarp();
 
   // Everyone waits for the barriers. The producer made them, so it starts loading at once, unless
-  // its loads go to a peer whose barriers may not exist yet.
-  // Split-k waits for its peers when it first writes to them.
+  // its loads go to a peer whose barriers may not exist yet. Split-k waits for its peers when it
+  // first writes to them.
   if constexpr (kClusterSize > 1) barrier_cluster_arrive_relaxed();
   if constexpr (kMulticast > 1) {
     barrier_cluster_wait();

@@ -5,9 +5,9 @@ namespace dg {
 
 // One math warpgroup's walk through the k-blocks of its tiles.
 //
-// What costs time here is the gap between a wgmma's end and the next one's start. So everything the
-// next one needs (the stage being full, its addresses and scales) is ready before the last one is
-// waited for, and if registers allow, the promotion also runs under the next wgmma.
+// What costs time here is the gap between a wgmma's end and the next one's start. So what the next
+// one needs, a full stage and its addresses, is there before the last one is waited for, and where
+// registers allow, the promotion runs under the next wgmma.
 class Mainloop {
  public:
   // `row`, `column`: the warpgroup's corner in the tile; `warp`: rank in the warpgroup.
