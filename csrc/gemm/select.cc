@@ -7,7 +7,7 @@ namespace dg {
 namespace {
 
 // The model's constants, fitted to 453 timed (shape, configuration) pairs on an H100 SXM with a
-// clean L2. On those, what selection picks is 0.5 % slower than the fastest configuration by
+// clean L2. On those, what selection picks is 0.6 % slower than the fastest configuration by
 // geometric mean and 3 % at worst.
 constexpr double kClockGhz = 1.56;             // while multiplying FP8
 constexpr double kHbmBytesPerUs = 3.08e6;      // streaming weights
