@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "csrc/ffi/plan.h"
@@ -97,9 +98,10 @@ class GemmState {
     if (plans_[device].load(std::memory_order_relaxed) != nullptr) return;
     CUdevice handle = 0;
     jit::Check(driver.cuDeviceGet(&handle, device), "cuDeviceGet");
-    owned_.push_back(std::make_unique<DevicePlan>(Plan(handle)));
-    owned_.back()->kernel->Prepare(device);
-    plans_[device].store(owned_.back().get(), std::memory_order_release);
+    auto plan = std::make_unique<DevicePlan>(Plan(handle));
+    plan->kernel->Prepare(device);
+    plans_[device].store(plan.get(), std::memory_order_release);
+    owned_.push_back(std::move(plan));
   }
 
   // The plan of a prepared device.
@@ -248,7 +250,8 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     Check(sfa, "sfa", xffi::DataType::F32, padded_m, KBlocks(problem));
     Check(sfb, "sfb", xffi::DataType::F32, CeilDiv(problem.n, 128), KBlocks(problem));
     Check(*d, "d", xffi::DataType::BF16, problem.m, problem.n);
-    // XLA replaces an operation without elements by a constant, so this is not captured in a graph.
+    // No launch would be an empty graph, if this were captured; but XLA folds operations without
+    // elements (ZeroSizedHloElimination).
     if (problem.m == 0) return;
     const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config, padded_m);
     const jit::Driver& driver = state->driver;

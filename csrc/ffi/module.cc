@@ -17,6 +17,7 @@
 #include "csrc/gemm/kernel_source.h"
 #include "csrc/gemm/select.h"
 #include "csrc/jit/error.h"
+#include "csrc/jit/source.h"
 
 namespace nb = nanobind;
 
@@ -96,12 +97,13 @@ void BindGemm(nb::module_& m) {
   m.def("kernel_source", [](int64_t n, int64_t k, int num_sms, const ConfigFields& fields) {
     const GemmProblem problem = {1, n, k, num_sms};
     const GemmConfig config = PlanGemm(problem, FromFields(fields));
+    const jit::KernelSource source = GemmSource(problem, config);
     nb::dict headers;
-    for (const KernelFile& file : KernelFiles()) {
+    for (const jit::NamedText& file : source.headers) {
       headers[nb::str(file.name.data(), file.name.size())] =
           nb::str(file.text.data(), file.text.size());
     }
-    return nb::make_tuple(KernelText(problem, config), headers);
+    return nb::make_tuple(source.text, headers);
   });
 }
 

@@ -13,19 +13,14 @@
 #include "csrc/jit/error.h"
 
 namespace dg::ffi {
-namespace {
 
-// The kernel's cubin, from the JIT's caches or freshly compiled. Throws Error.
-std::shared_ptr<const jit::Cubin> CompileGemm(const GemmProblem& problem,
-                                              const GemmConfig& config) {
+jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& config) {
   jit::KernelSource source;
   source.name = source.entry = KernelName(problem, config);
   source.text = KernelText(problem, config);
   for (const KernelFile& file : KernelFiles()) source.headers.push_back({file.name, file.text});
-  return jit::GetOrCompile(source);
+  return source;
 }
-
-}  // namespace
 
 jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config) {
   // Never destroyed: the driver may be gone before static destructors run.
@@ -38,7 +33,7 @@ jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config)
     if (found != kernels->end()) return found->second;
   }
   // Compile outside the lock: other kernels need not wait.
-  std::shared_ptr<const jit::Cubin> cubin = CompileGemm(problem, config);
+  std::shared_ptr<const jit::Cubin> cubin = jit::GetOrCompile(GemmSource(problem, config));
   const std::lock_guard<std::mutex> lock(*mutex);
   return kernels
       ->try_emplace(name, std::move(cubin), config.smem().total_bytes(), config.threads(),

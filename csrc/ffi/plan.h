@@ -6,8 +6,13 @@
 
 #include "csrc/gemm/config.h"
 #include "csrc/jit/kernel.h"
+#include "csrc/jit/source.h"
 
 namespace dg::ffi {
+
+// What the JIT compiles for `config`: the one place that puts it together, so that a kernel
+// compiled ahead of time is found again when a program needs it.
+jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& config);
 
 // The process' kernel for `config`, made on first use and kept: executables and captured graphs
 // may use it from any thread until the process ends. Throws Error.

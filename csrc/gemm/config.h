@@ -52,7 +52,7 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t KBlocks(const GemmProblem& problem) { return CeilDiv(problem.k, kBlockK); }
 
 // Clusters that can be resident at the same time. GPCs have 16 or 18 SMs, so clusters of four
-// strand some: of 33 that 132 SMs would hold, 32 were seen to run in two rounds.
+// strand some: of the 33 that 132 SMs would hold, 30 were seen to run at once, 31 in two rounds.
 int ResidentClusters(const GemmProblem& problem, int cluster_size);
 
 // CTAs to launch: one per SM, in whole clusters that fit at the same time, and none without a tile.

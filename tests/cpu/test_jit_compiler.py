@@ -303,6 +303,23 @@ def test_hopper_gpu_gets_a_kernel(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+# What `python -m jax_deepgemm compile` does for the problem of INSTANTIATE.
+COMPILE_AHEAD = """
+import json
+from jax_deepgemm import ffi, select_config
+print(json.dumps(ffi.compile_kernel(136, 144, select_config(64, 136, 144)).source))
+"""
+
+
+def test_programs_take_kernels_that_were_compiled_ahead(tmp_path: Path) -> None:
+    nvrtc()
+    path = build_driver(tmp_path)
+    assert reports(run_package(COMPILE_AHEAD, tmp_path)) == ["compiled"]
+    debug = run_package(INSTANTIATE, tmp_path, LD_LIBRARY_PATH=path, DG_JIT_DEBUG="1").stderr
+    assert ": disk hit " in debug
+    assert ": compiled in " not in debug
+
+
 def test_no_driver_lists_none() -> None:
     try:
         ctypes.CDLL("libcuda.so.1")
