@@ -9,6 +9,11 @@ from jax_deepgemm.config import (
 )
 from jax_deepgemm.device import backend, get_num_sms, set_num_sms
 from jax_deepgemm.gemm import gemm_fp8_fp8_bf16_nt
+from jax_deepgemm.grouped import (
+    m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
+    m_grouped_gemm_fp8_fp8_bf16_nt_masked,
+    m_grouped_gemm_fp8_fp8_bf16_nt_ragged,
+)
 from jax_deepgemm.layout import (
     get_col_major_tma_aligned_tensor,
     get_m_alignment_for_contiguous_layout,
@@ -27,6 +32,9 @@ __all__ = [
     "get_num_sms",
     "get_tma_aligned_size",
     "legal_configs",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_ragged",
     "quantize_per_block",
     "quantize_per_token",
     "select_config",

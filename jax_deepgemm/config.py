@@ -1,13 +1,13 @@
 """Kernel configurations and their selection."""
 
 import dataclasses
+from typing import NamedTuple
 
 from jax_deepgemm.arguments import H100_SMS, integer
 from jax_deepgemm.ffi import _native
 
-# m, n, k and SMs of a problem that has room for every configuration there is: k-blocks for four
-# CTAs to split, and SMs for them to run on.
-_ROOMY_PROBLEM = (1, 8, 4 * 128, H100_SMS)
+OPS = ("dense", "contiguous", "masked", "ragged")
+"""The operations, by the numbers that the native side knows them by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,40 +48,95 @@ class GemmConfig:
         return dataclasses.astuple(self)
 
 
-def select_config(m: int, n: int, k: int, *, num_sms: int = H100_SMS) -> GemmConfig:
+class Problem(NamedTuple):
+    """What a kernel is chosen and compiled for, in the order in which the native side takes it.
+
+    Attributes:
+        op: index into OPS.
+        num_groups: weight matrices; 1 for the dense operation.
+        m: rows of A, of all groups together.
+        expected_m: rows per group that are expected, 0 for m / num_groups.
+        n: rows of one weight matrix.
+        k: columns of A and B.
+        num_sms: SMs the kernel may use; in the custom call 0 for all that the device has.
+    """
+
+    op: int
+    num_groups: int
+    m: int
+    expected_m: int
+    n: int
+    k: int
+    num_sms: int
+
+
+# It has room for every configuration there is: k-blocks for four CTAs to split, and SMs for them to
+# run on.
+_ROOMY_PROBLEM = Problem(op=0, num_groups=1, m=1, expected_m=0, n=8, k=4 * 128, num_sms=H100_SMS)
+
+
+def select_config(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    num_sms: int = H100_SMS,
+    op: str = "dense",
+    num_groups: int = 1,
+    expected_m: int | None = None,
+) -> GemmConfig:
     """Returns the configuration that an operation of this shape runs with.
 
     The choice depends on nothing but the arguments: no measurement, no state, no GPU.
 
     Args:
-        m: rows of A and D.
-        n: rows of B, columns of D; a multiple of 8.
+        m: rows of A and D; of all groups together, so num_groups * max_m for op "masked".
+        n: rows of one weight matrix, columns of D; a multiple of 8.
         k: columns of A and B; a multiple of 16.
         num_sms: SMs the kernel may use.
+        op: "dense", "contiguous", "masked" or "ragged".
+        num_groups: weight matrices; 1 for op "dense".
+        expected_m: for op "masked", the operation's hint; by default max_m.
 
     Raises:
-        TypeError: an argument is no integer.
-        ValueError: there is no kernel for this shape.
+        TypeError: a size is no integer.
+        ValueError: there is no kernel for this problem.
     """
-    problem = check_problem("select_config", m, n, k, num_sms)
-    return GemmConfig(*_native.select_config(*problem))
+    problem = check_problem(
+        "select_config", m, n, k, num_sms, op=op, num_groups=num_groups, expected_m=expected_m
+    )
+    return GemmConfig(*_native.select_config(problem))
 
 
-def legal_configs(m: int, n: int, k: int, *, num_sms: int = H100_SMS) -> list[GemmConfig]:
+def legal_configs(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    num_sms: int = H100_SMS,
+    op: str = "dense",
+    num_groups: int = 1,
+    expected_m: int | None = None,
+) -> list[GemmConfig]:
     """Returns the configurations that `select_config` chooses among, in a fixed order.
 
     Args:
-        m: rows of A and D.
-        n: rows of B, columns of D; a multiple of 8.
-        k: columns of A and B; a multiple of 16.
+        m: as for `select_config`, like all that follow.
+        n: rows of one weight matrix.
+        k: columns of A and B.
         num_sms: SMs the kernel may use.
+        op: the operation.
+        num_groups: weight matrices.
+        expected_m: the hint of op "masked".
 
     Raises:
-        TypeError: an argument is no integer.
-        ValueError: there is no kernel for this shape.
+        TypeError: a size is no integer.
+        ValueError: there is no kernel for this problem.
     """
-    problem = check_problem("legal_configs", m, n, k, num_sms)
-    return [GemmConfig(*fields) for fields in _native.candidates(*problem)]
+    problem = check_problem(
+        "legal_configs", m, n, k, num_sms, op=op, num_groups=num_groups, expected_m=expected_m
+    )
+    return [GemmConfig(*fields) for fields in _native.candidates(problem)]
 
 
 def smem_bytes(config: GemmConfig) -> int:
@@ -99,22 +154,55 @@ def smem_bytes(config: GemmConfig) -> int:
     return _native.smem_bytes(config.fields)
 
 
-def check_problem(function: str, m: int, n: int, k: int, num_sms: int) -> tuple[int, int, int, int]:
-    """Returns (m, n, k, num_sms), or raises in the name of `function` if no kernel computes it."""
-    problem = (
-        integer(function, "m", m, bits=64),
-        integer(function, "n", n, bits=64),
-        integer(function, "k", k, bits=64),
-        integer(function, "num_sms", num_sms, bits=32),
+def check_problem(
+    function: str,
+    m: int,
+    n: int,
+    k: int,
+    num_sms: int,
+    *,
+    op: str = "dense",
+    num_groups: int = 1,
+    expected_m: int | None = None,
+) -> Problem:
+    """Returns the problem, or raises in the name of `function` if no kernel computes it.
+
+    The arguments are those of `select_config`. An expected_m beyond the rows of a group is cut off.
+    """
+    if op not in OPS:
+        raise ValueError(f"{function}: op must be one of {', '.join(OPS)}, got {op!r}")
+    problem = Problem(
+        op=OPS.index(op),
+        num_groups=integer(function, "num_groups", num_groups, bits=32),
+        m=integer(function, "m", m, bits=64),
+        expected_m=0,
+        n=integer(function, "n", n, bits=64),
+        k=integer(function, "k", k, bits=64),
+        num_sms=integer(function, "num_sms", num_sms, bits=32),
     )
-    if why := _native.why_unsupported(*problem):
+    if op == "dense" and problem.num_groups != 1:
+        raise ValueError(f'{function}: num_groups must be 1 for op "dense", got {num_groups}')
+    if op == "masked" and problem.m % max(1, problem.num_groups):
+        raise ValueError(
+            f'{function}: m must be a multiple of num_groups ({num_groups}) for op "masked", '
+            f"got {m}"
+        )
+    if expected_m is not None:
+        if op != "masked":
+            raise ValueError(f'{function}: expected_m is for op "masked", not for "{op}"')
+        expected_m = integer(function, "expected_m", expected_m, bits=64)
+        if expected_m < 1:
+            raise ValueError(f"{function}: expected_m must be at least 1, got {expected_m}")
+        max_m = problem.m // max(1, problem.num_groups)
+        problem = problem._replace(expected_m=max(1, min(expected_m, max_m)))
+    if why := _native.why_unsupported(problem):
         raise ValueError(f"{function}: {why}")
     return problem
 
 
-def check_config(function: str, problem: tuple[int, int, int, int], config: GemmConfig) -> None:
-    """Raises in the name of `function` if `config` is no kernel for (m, n, k, num_sms)."""
+def check_config(function: str, problem: Problem, config: GemmConfig) -> None:
+    """Raises in the name of `function` if `config` is no kernel for the problem."""
     if not isinstance(config, GemmConfig):
         raise TypeError(f"{function}: config must be a GemmConfig, got {type(config).__name__}")
-    if why := _native.why_illegal(*problem, config.fields):
+    if why := _native.why_illegal(problem, config.fields):
         raise ValueError(f"{function}: config: {why}")

@@ -5,46 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 
 from jax_deepgemm import reference
-from jax_deepgemm.arguments import H100_SMS, is_array
-from jax_deepgemm.config import GemmConfig, check_config, check_problem
-from jax_deepgemm.device import num_sms_limit
-from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import declare
-from jax_deepgemm.layout import get_tma_aligned_size
-
-BLOCK = reference.BLOCK
-Operand = tuple[ArrayLike, ArrayLike]
-
-
-def _result(a: Any, sfa: Any, b: Any, sfb: Any) -> tuple[tuple[int, ...], Any]:
-    return (a.shape[0], b.shape[0]), jnp.bfloat16
-
-
-def _attributes(
-    a: Any, sfa: Any, b: Any, sfb: Any, *, config: GemmConfig | None, num_sms: int
-) -> dict[str, int]:
-    m, k = a.shape
-    fields = config.fields if config else (0,) * len(GemmConfig.__dataclass_fields__)
-    return {
-        "m": m,
-        "n": b.shape[0],
-        "k": k,
-        "num_sms": num_sms,
-        **dict(zip(GemmConfig.__dataclass_fields__, fields, strict=True)),
-    }
-
-
-def _pad_scales(
-    a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array
-) -> tuple[jax.Array, ...]:
-    """SFA with m padded to 16 bytes: it is read m-contiguous, and TMA wants such strides."""
-    m = sfa.shape[0]
-    padding = get_tma_aligned_size(m, sfa.dtype.itemsize) - m
-    return a, jnp.pad(sfa, ((0, padding), (0, 0))) if padding else sfa, b, sfb
+from jax_deepgemm.config import GemmConfig
+from jax_deepgemm.custom_call import declare_gemm, options
+from jax_deepgemm.operands import Operand, check_pairs, check_static
 
 
 def _batch(
@@ -65,19 +30,15 @@ def _batch(
     a = jnp.moveaxis(a, a_axis, 0)
     sfa = jnp.moveaxis(sfa, sfa_axis, 0)
     batch, m, k = a.shape
-    _check_static("gemm_fp8_fp8_bf16_nt", m=batch * m)
+    check_static("gemm_fp8_fp8_bf16_nt", m=batch * m)
     d = bind(a.reshape(batch * m, k), sfa.reshape(batch * m, sfa.shape[2]), b, sfb, **parameters)
     return d.reshape(batch, m, b.shape[0]), 0
 
 
-_gemm = declare(
+_gemm = declare_gemm(
     "gemm_fp8_fp8_bf16_nt",
-    target=_native.GEMM_TARGET,
-    result=_result,
-    attributes=_attributes,
+    op="dense",
     reference=reference.gemm_fp8_fp8_bf16_nt,
-    operand_layouts=(None, (1, 0), None, None),
-    prepare=_pad_scales,
     batching_rule=_batch,
 )
 
@@ -113,66 +74,5 @@ def gemm_fp8_fp8_bf16_nt(
         DeepSeek-V3 technical report, section 3.3.2; DeepGEMM's function of the same name.
     """
     name = "gemm_fp8_fp8_bf16_nt"
-    a, sfa = _pair(name, "lhs", "(a, sfa)", lhs)
-    b, sfb = _pair(name, "rhs", "(b, sfb)", rhs)
-    _check(name, "a", a, jnp.float8_e4m3fn, (None, None), "m, k")
-    m, k = a.shape
-    _check_static(name, m=m, k=k)
-    _check(name, "b", b, jnp.float8_e4m3fn, (None, k), "n, k")
-    n = b.shape[0]
-    _check_static(name, n=n)
-    k_blocks, n_blocks = -(-k // BLOCK), -(-n // BLOCK)
-    _check(name, "sfa", sfa, jnp.float32, (m, k_blocks), "m, ceil(k/128)")
-    _check(name, "sfb", sfb, jnp.float32, (n_blocks, k_blocks), "ceil(n/128), ceil(k/128)")
-    limit = num_sms_limit()
-    problem = check_problem(name, m, n, k, limit or H100_SMS)
-    if config is not None:
-        check_config(name, problem, config)
-    return _gemm(a, sfa, b, sfb, config=config, num_sms=limit)
-
-
-def _pair(name: str, argument: str, form: str, pair: Operand) -> tuple[jax.Array, jax.Array]:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise TypeError(
-            f"{name}: {argument} must be a pair {form} of values and scales, "
-            f"got {type(pair).__name__}"
-        )
-    for part in pair:
-        if not is_array(part):
-            raise TypeError(
-                f"{name}: {argument} must be a pair {form} of arrays, got {type(part).__name__}"
-            )
-    return jnp.asarray(pair[0]), jnp.asarray(pair[1])
-
-
-def _check_static(name: str, **sizes: Any) -> None:
-    """Raises if a size is symbolic, as `jax.export` may make it: kernels are compiled for sizes."""
-    for argument, size in sizes.items():
-        if not isinstance(size, int):
-            raise ValueError(f"{name}: {argument} must be static, got {size}")
-
-
-def _check(
-    name: str,
-    argument: str,
-    array: jax.Array,
-    dtype: Any,
-    shape: tuple[int | None, ...],
-    meaning: str,
-) -> None:
-    """Raises unless the array has this dtype and shape (None: any size)."""
-    right_dtype = array.dtype == np.dtype(dtype)
-    right_shape = array.ndim == len(shape) and all(
-        want is None or size == want for size, want in zip(array.shape, shape, strict=True)
-    )
-    if right_dtype and right_shape:
-        return
-    sizes = meaning.split(", ")
-    wanted = ", ".join(
-        part if want is None else str(want) for part, want in zip(sizes, shape, strict=True)
-    )
-    error = ValueError if right_dtype else TypeError
-    raise error(
-        f"{name}: {argument} must be {np.dtype(dtype).name}[{wanted}] ({meaning}), "
-        f"got {array.dtype.name}[{', '.join(map(str, array.shape))}]"
-    )
+    operands, sizes = check_pairs(name, lhs, rhs)
+    return _gemm(*operands, **options(name, "dense", sizes, config))

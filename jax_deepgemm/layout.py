@@ -40,7 +40,7 @@ def get_m_alignment_for_contiguous_layout() -> int:
 
 
 def get_col_major_tma_aligned_tensor(x: ArrayLike) -> jax.Array:
-    """Asks XLA to store `x` with its second to last axis contiguous, as the kernels read SFA.
+    """Asks XLA to store `x` with its last axis outermost and m contiguous, as kernels read SFA.
 
     Never needed: operations ask for this layout themselves, and the fusion that computes the
     scales writes it. It lets a program state the layout where the scales are made. The padding of
@@ -62,6 +62,7 @@ def get_col_major_tma_aligned_tensor(x: ArrayLike) -> jax.Array:
     array = jnp.asarray(x)
     if array.ndim < 2:
         raise ValueError(f"{name}: x must have at least 2 dimensions, got {array.ndim}")
-    *batch, m, k = range(array.ndim)
-    constrained: jax.Array = with_layout_constraint(array, Layout(major_to_minor=(*batch, k, m)))
+    # Operations flatten all dimensions before k into m, so these stay together.
+    *rows, k = range(array.ndim)
+    constrained: jax.Array = with_layout_constraint(array, Layout(major_to_minor=(k, *rows)))
     return constrained

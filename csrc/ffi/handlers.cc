@@ -2,10 +2,13 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -25,12 +28,12 @@ namespace {
 
 namespace xffi = ::xla::ffi;
 
-constexpr char kOp[] = "gemm_fp8_fp8_bf16_nt";
-
-// Attributes of the custom call, as the lowering rule (jax_deepgemm/gemm.py) writes them.
+// Attributes of the custom call, as jax_deepgemm/custom_call.py writes them.
 struct GemmAttributes {
-  int64_t m, n, k;
-  int64_t num_sms;  // 0: all of the device's
+  int64_t op;                               // a Grouping
+  int64_t num_groups, m, expected_m, n, k;  // see GemmProblem
+  int64_t num_sms;                          // 0: all of the device's
+  int64_t fill_zero;                        // masked: rows beyond masked_m become zero
   // An explicit configuration; block_m = 0: select one.
   int64_t block_m, block_n, num_stages, math_warpgroups, cluster_m, cluster_n, cluster_k, raster_m;
 };
@@ -39,9 +42,11 @@ struct GemmAttributes {
 }  // namespace dg::ffi
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    dg::ffi::GemmAttributes, xla::ffi::StructMember<int64_t>("m"),
-    xla::ffi::StructMember<int64_t>("n"), xla::ffi::StructMember<int64_t>("k"),
-    xla::ffi::StructMember<int64_t>("num_sms"), xla::ffi::StructMember<int64_t>("block_m"),
+    dg::ffi::GemmAttributes, xla::ffi::StructMember<int64_t>("op"),
+    xla::ffi::StructMember<int64_t>("num_groups"), xla::ffi::StructMember<int64_t>("m"),
+    xla::ffi::StructMember<int64_t>("expected_m"), xla::ffi::StructMember<int64_t>("n"),
+    xla::ffi::StructMember<int64_t>("k"), xla::ffi::StructMember<int64_t>("num_sms"),
+    xla::ffi::StructMember<int64_t>("fill_zero"), xla::ffi::StructMember<int64_t>("block_m"),
     xla::ffi::StructMember<int64_t>("block_n"), xla::ffi::StructMember<int64_t>("num_stages"),
     xla::ffi::StructMember<int64_t>("math_warpgroups"),
     xla::ffi::StructMember<int64_t>("cluster_m"), xla::ffi::StructMember<int64_t>("cluster_n"),
@@ -73,7 +78,13 @@ class GemmState {
     if (attributes_.num_sms > 0 && attributes_.num_sms < num_sms) {
       num_sms = static_cast<int>(attributes_.num_sms);
     }
-    const GemmProblem problem = {attributes_.m, attributes_.n, attributes_.k, num_sms};
+    const GemmProblem problem = {ToGrouping(attributes_.op),
+                                 attributes_.num_groups,
+                                 attributes_.m,
+                                 attributes_.expected_m,
+                                 attributes_.n,
+                                 attributes_.k,
+                                 num_sms};
     std::optional<GemmConfig> config;
     if (attributes_.block_m != 0) {
       const auto narrow = [](int64_t value) { return static_cast<int>(value); };
@@ -111,6 +122,7 @@ class GemmState {
     return *plan;
   }
 
+  const GemmAttributes& attributes() const { return attributes_; }
   const jit::Driver& driver;  // kept, because GetDriver takes a lock
 
  private:
@@ -141,7 +153,14 @@ CUdevice CompileDevice(const jit::Driver& driver) {
   return device;
 }
 
-xffi::Error ToStatus(const std::exception& exception) {
+// The function that the user called.
+std::string FunctionName(const GemmAttributes& attributes) {
+  const auto grouping = static_cast<Grouping>(attributes.op);
+  const std::string dense = "gemm_fp8_fp8_bf16_nt";
+  return grouping == Grouping::kDense ? dense : "m_grouped_" + dense + "_" + GroupingName(grouping);
+}
+
+xffi::Error ToStatus(const GemmAttributes& attributes, const std::exception& exception) {
   xffi::ErrorCode code = xffi::ErrorCode::kInternal;
   if (const auto* error = dynamic_cast<const Error*>(&exception)) {
     switch (error->code()) {
@@ -158,23 +177,23 @@ xffi::Error ToStatus(const std::exception& exception) {
         break;
     }
   }
-  return xffi::Error(code, std::string(kOp) + ": " + exception.what());
+  return xffi::Error(code, FunctionName(attributes) + ": " + exception.what());
 }
 
 // No exception leaves a handler.
 template <typename Body>
-xffi::Error Guarded(const Body& body) {
+xffi::Error Guarded(const GemmAttributes& attributes, const Body& body) {
   try {
     body();
     return xffi::Error::Success();
   } catch (const std::exception& exception) {
-    return ToStatus(exception);
+    return ToStatus(attributes, exception);
   }
 }
 
 xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(GemmAttributes attributes) {
   std::unique_ptr<GemmState> state;
-  const xffi::Error status = Guarded([&] {
+  const xffi::Error status = Guarded(attributes, [&] {
     const jit::Driver& driver = jit::GetDriver();
     state = std::make_unique<GemmState>(attributes, driver);
     // Compile now, where an error is the user's compile error; the kernel stays in the process.
@@ -185,7 +204,7 @@ xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(GemmAttributes attributes)
 }
 
 xffi::Error Initialize(GemmState* state, int32_t device) {
-  return Guarded([&] { state->Prepare(device); });
+  return Guarded(state->attributes(), [&] { state->Prepare(device); });
 }
 
 CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const void* data) {
@@ -195,9 +214,8 @@ CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const v
   const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_columns),
                             static_cast<cuuint32_t>(spec.box_rows)};
   const cuuint32_t strides[] = {1, 1};
-  const CUtensorMapDataType type = spec.element_bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                   : spec.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const CUtensorMapDataType type =
+      spec.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUtensorMapSwizzle swizzle = spec.swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : spec.swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : spec.swizzle_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
@@ -213,55 +231,117 @@ CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const v
   return map;
 }
 
-void CheckRank(const xffi::AnyBuffer& buffer, const char* name) {
-  if (buffer.dimensions().size() != 2) {
-    throw Error(ErrorCode::kInvalidArgument, std::string(name) + " must have 2 dimensions, got " +
-                                                 std::to_string(buffer.dimensions().size()));
-  }
-}
-
-// The lowering rule sees to this; a custom call written by hand may not.
-void Check(const xffi::AnyBuffer& buffer, const char* name, xffi::DataType type, int64_t rows,
-           int64_t columns) {
-  CheckRank(buffer, name);
+// The lowering rules see to this; a custom call written by hand may not.
+void Check(const xffi::AnyBuffer& buffer, const char* name, xffi::DataType type,
+           std::initializer_list<int64_t> dimensions) {
   if (buffer.element_type() != type) {
     throw Error(ErrorCode::kInvalidArgument, std::string(name) + " has the wrong element type");
   }
-  const auto dimensions = buffer.dimensions();
-  if (dimensions[0] != rows || dimensions[1] != columns) {
+  const auto found = buffer.dimensions();
+  if (!std::equal(found.begin(), found.end(), dimensions.begin(), dimensions.end())) {
+    const auto list = [](const auto& sizes) {
+      std::string text;
+      for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+      return "[" + text + "]";
+    };
     throw Error(ErrorCode::kInvalidArgument,
-                std::string(name) + " must be [" + std::to_string(rows) + ", " +
-                    std::to_string(columns) + "], got [" + std::to_string(dimensions[0]) + ", " +
-                    std::to_string(dimensions[1]) + "]");
+                std::string(name) + " must be " + list(dimensions) + ", got " + list(found));
+  }
+}
+
+// The arrays that say which row goes with which group, behind the four that every op has.
+class GroupArrays {
+ public:
+  GroupArrays(const xffi::RemainingArgs& arrays, size_t expected) : arrays_(arrays) {
+    if (arrays.size() != expected) {
+      throw Error(ErrorCode::kInvalidArgument, "there must be " + std::to_string(expected) +
+                                                   " arrays of groups, got " +
+                                                   std::to_string(arrays.size()));
+    }
+  }
+
+  // The int32 array at `index`; `size` -1 takes any.
+  const int* get(size_t index, const char* name, int64_t size) const {
+    const xffi::AnyBuffer array = buffer(index);
+    if (size < 0 && array.dimensions().size() == 1) size = array.dimensions()[0];
+    Check(array, name, xffi::DataType::S32, {size});
+    return static_cast<const int*>(array.untyped_data());
+  }
+
+  int64_t size(size_t index) const {
+    const xffi::AnyBuffer array = buffer(index);
+    return array.dimensions().size() == 1 ? array.dimensions()[0] : 0;
+  }
+
+ private:
+  xffi::AnyBuffer buffer(size_t index) const {
+    const xffi::ErrorOr<xffi::AnyBuffer> array = arrays_.get<xffi::AnyBuffer>(index);
+    if (array.has_error()) throw Error(ErrorCode::kInvalidArgument, array.error().message());
+    return *array;
+  }
+
+  const xffi::RemainingArgs& arrays_;
+};
+
+// Fills in how this launch's rows are grouped.
+void SetGroups(const GemmProblem& problem, const xffi::RemainingArgs& arrays, bool fill_zero,
+               KernelParams& params) {
+  switch (problem.grouping) {
+    case Grouping::kDense:
+      GroupArrays(arrays, 0);
+      break;
+    case Grouping::kContiguous: {
+      const GroupArrays groups(arrays, 2);
+      params.detail = groups.get(0, "m_indices", problem.m);
+      params.groups = groups.get(1, "block_groups", CeilDiv(problem.m, kContiguousAlignment));
+      break;
+    }
+    case Grouping::kMasked:
+      params.groups = GroupArrays(arrays, 1).get(0, "masked_m", problem.num_groups);
+      params.max_m = static_cast<int>(problem.m / problem.num_groups);
+      params.fill_zero = fill_zero;
+      break;
+    case Grouping::kRagged: {
+      const GroupArrays groups(arrays, 2);
+      params.groups = groups.get(0, "group_sizes", -1);
+      params.num_sizes = static_cast<int>(groups.size(0));
+      params.detail = groups.get(1, "group_offset", 1);
+      break;
+    }
   }
 }
 
 xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::AnyBuffer a,
                     xffi::AnyBuffer sfa, xffi::AnyBuffer b, xffi::AnyBuffer sfb,
-                    xffi::Result<xffi::AnyBuffer> d) {
-  return Guarded([&] {
+                    xffi::RemainingArgs group_arrays, xffi::Result<xffi::AnyBuffer> d) {
+  return Guarded(state->attributes(), [&] {
     const DevicePlan& plan = state->plan(device);
-    GemmProblem problem = plan.problem;
-    CheckRank(a, "a");
-    problem.m = a.dimensions()[0];
-    const int64_t padded_m = CeilDiv(problem.m, 4) * 4;
-    Check(a, "a", xffi::DataType::F8E4M3FN, problem.m, problem.k);
-    Check(b, "b", xffi::DataType::F8E4M3FN, problem.n, problem.k);
-    Check(sfa, "sfa", xffi::DataType::F32, padded_m, KBlocks(problem));
-    Check(sfb, "sfb", xffi::DataType::F32, CeilDiv(problem.n, 128), KBlocks(problem));
-    Check(*d, "d", xffi::DataType::BF16, problem.m, problem.n);
+    const GemmProblem& problem = plan.problem;
+    const int64_t k_blocks = KBlocks(problem);
+    const int64_t sfa_pitch = CeilDiv(problem.m, 4) * 4;
+    Check(a, "a", xffi::DataType::F8E4M3FN, {problem.m, problem.k});
+    Check(b, "b", xffi::DataType::F8E4M3FN, {problem.num_groups * problem.n, problem.k});
+    Check(sfa, "sfa", xffi::DataType::F32, {sfa_pitch, k_blocks});
+    Check(sfb, "sfb", xffi::DataType::F32,
+          {problem.num_groups * CeilDiv(problem.n, 128), k_blocks});
+    Check(*d, "d", xffi::DataType::BF16, {problem.m, problem.n});
+    KernelParams params = {};
+    SetGroups(problem, group_arrays, state->attributes().fill_zero != 0, params);
     // No launch would be an empty graph, if this were captured; but XLA folds operations without
     // elements (ZeroSizedHloElimination).
     if (problem.m == 0) return;
-    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config, padded_m);
+    params.sfa = static_cast<const float*>(sfa.untyped_data());
+    params.sfb = static_cast<const float*>(sfb.untyped_data());
+    params.d = d->untyped_data();
+    params.m = static_cast<int>(problem.m);
+    params.sfa_pitch = static_cast<int>(sfa_pitch);
+    params.num_groups = static_cast<int>(problem.num_groups);
+    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config);
     const jit::Driver& driver = state->driver;
     CUtensorMap map_a = Encode(driver, specs.a, a.untyped_data());
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());
-    CUtensorMap map_sfa = Encode(driver, specs.sfa, sfa.untyped_data());
     CUtensorMap map_d = Encode(driver, specs.d, d->untyped_data());
-    const void* scales_b = sfb.untyped_data();
-    int m = static_cast<int>(problem.m);
-    void* arguments[] = {&map_a, &map_b, &map_sfa, &map_d, &scales_b, &m};
+    void* arguments[] = {&map_a, &map_b, &map_d, &params};
     plan.kernel->Launch(stream, GridSize(problem, plan.config), arguments);
   });
 }
@@ -282,6 +362,7 @@ XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                            .Arg<xffi::AnyBuffer>()
                            .Arg<xffi::AnyBuffer>()
                            .Arg<xffi::AnyBuffer>()
+                           .RemainingArgs()
                            .Ret<xffi::AnyBuffer>(),
                        {xffi::Traits::kCmdBufferCompatible});
 

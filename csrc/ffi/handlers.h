@@ -8,7 +8,7 @@ namespace dg::ffi {
 
 // The custom-call target's name, and its state's; versioned, so that exported programs keep the
 // meaning they were exported with.
-inline constexpr char kGemmTarget[] = "jax_deepgemm.gemm_fp8_fp8_bf16_nt.v1";
+inline constexpr char kGemmTarget[] = "jax_deepgemm.gemm_fp8_fp8_bf16_nt.v2";
 inline constexpr char kGemmStateType[] = "jax_deepgemm.GemmState";
 
 XLA_FFI_Handler* GemmInstantiate();

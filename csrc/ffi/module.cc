@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,6 +46,14 @@ GemmConfig WellFormed(const ConfigFields& fields) {
   return config;
 }
 
+// A GemmProblem on its way from Python: op, num_groups, m, expected_m, n, k, num_sms.
+using ProblemFields = std::array<int64_t, 7>;
+
+GemmProblem ToProblem(const ProblemFields& fields) {
+  return {ToGrouping(fields[0]),      fields[1], fields[2], fields[3], fields[4], fields[5],
+          static_cast<int>(fields[6])};
+}
+
 template <typename Pointer>
 nb::capsule Capsule(Pointer* pointer) {
   return nb::capsule(reinterpret_cast<void*>(pointer));
@@ -68,36 +77,33 @@ void BindGemm(nb::module_& m) {
   m.attr("GEMM_STATE_TYPE") = kGemmStateType;
   m.attr("FFI_API_VERSION") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 
-  m.def("why_unsupported", [](int64_t rows, int64_t n, int64_t k, int num_sms) {
-    return WhyUnsupported({rows, n, k, num_sms});
+  m.def("why_unsupported",
+        [](const ProblemFields& problem) { return WhyUnsupported(ToProblem(problem)); });
+  m.def("why_illegal", [](const ProblemFields& problem, const ConfigFields& config) {
+    return WhyIllegal(ToProblem(problem), FromFields(config));
   });
-  m.def("why_illegal",
-        [](int64_t rows, int64_t n, int64_t k, int num_sms, const ConfigFields& config) {
-          return WhyIllegal({rows, n, k, num_sms}, FromFields(config));
-        });
-  m.def("select_config", [](int64_t rows, int64_t n, int64_t k, int num_sms) {
-    return ToFields(PlanGemm({rows, n, k, num_sms}, std::nullopt));
+  m.def("select_config", [](const ProblemFields& problem) {
+    return ToFields(PlanGemm(ToProblem(problem), std::nullopt));
   });
-  m.def("candidates", [](int64_t rows, int64_t n, int64_t k, int num_sms) {
+  m.def("candidates", [](const ProblemFields& problem) {
     std::vector<ConfigFields> fields;
-    for (const GemmConfig& config : Candidates({rows, n, k, num_sms})) {
+    for (const GemmConfig& config : Candidates(ToProblem(problem))) {
       fields.push_back(ToFields(config));
     }
     return fields;
   });
-  m.def("estimate_us",
-        [](int64_t rows, int64_t n, int64_t k, int num_sms, const ConfigFields& config) {
-          return EstimateUs({rows, n, k, num_sms}, WellFormed(config));
-        });
+  m.def("estimate_us", [](const ProblemFields& problem, const ConfigFields& config) {
+    return EstimateUs(ToProblem(problem), WellFormed(config));
+  });
   m.def("smem_bytes",
         [](const ConfigFields& config) { return WellFormed(config).smem().total_bytes(); });
-  m.def("kernel_name", [](int64_t n, int64_t k, const ConfigFields& config) {
-    return KernelName({1, n, k, 1}, WellFormed(config));
+  m.def("kernel_name", [](const ProblemFields& problem, const ConfigFields& config) {
+    return KernelName(ToProblem(problem), WellFormed(config));
   });
-  m.def("kernel_source", [](int64_t n, int64_t k, int num_sms, const ConfigFields& fields) {
-    const GemmProblem problem = {1, n, k, num_sms};
-    const GemmConfig config = PlanGemm(problem, FromFields(fields));
-    const jit::KernelSource source = GemmSource(problem, config);
+  m.def("kernel_source", [](const ProblemFields& fields, const ConfigFields& config_fields) {
+    const GemmProblem problem = ToProblem(fields);
+    const jit::KernelSource source =
+        GemmSource(problem, PlanGemm(problem, FromFields(config_fields)));
     nb::dict headers;
     for (const jit::NamedText& file : source.headers) {
       headers[nb::str(file.name.data(), file.name.size())] =

@@ -41,6 +41,14 @@ jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config)
       .first->second;
 }
 
+Grouping ToGrouping(int64_t number) {
+  if (number < static_cast<int64_t>(Grouping::kDense) ||
+      number > static_cast<int64_t>(Grouping::kRagged)) {
+    throw Error(ErrorCode::kInvalidArgument, "there is no op " + std::to_string(number));
+  }
+  return static_cast<Grouping>(number);
+}
+
 GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config) {
   if (const std::string why = WhyUnsupported(problem); !why.empty()) {
     throw Error(ErrorCode::kInvalidArgument, why);

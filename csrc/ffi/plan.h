@@ -2,6 +2,7 @@
 // compiled). handlers.cc plans for XLA, module.cc for Python.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 
 #include "csrc/gemm/config.h"
@@ -17,6 +18,9 @@ jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& confi
 // The process' kernel for `config`, made on first use and kept: executables and captured graphs
 // may use it from any thread until the process ends. Throws Error.
 jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config);
+
+// The grouping of that number; throws Error if there is none.
+Grouping ToGrouping(int64_t number);
 
 // `config` if given and legal, else the selected one; throws Error naming what is wrong.
 GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config);

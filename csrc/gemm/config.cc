@@ -21,7 +21,33 @@ std::string Sentence(const std::string& name, int value, const std::string& rule
   return name + " must be " + rule + ", got " + std::to_string(value);
 }
 
+// Tiles (of clusters) that there can be, however the rows are grouped. Every run of rows can end
+// inside a tile: those of a group, under masked the rest of its rows, under ragged the rows before
+// and after all groups.
+int64_t MostTiles(const GemmProblem& problem, const GemmConfig& config) {
+  const int64_t most_runs = problem.grouping == Grouping::kDense    ? 0
+                            : problem.grouping == Grouping::kMasked ? 2 * problem.num_groups
+                                                                    : problem.num_groups + 2;
+  const int64_t row_tiles = std::min(
+      problem.m, CeilDiv(problem.m, int64_t{config.block_m} * config.cluster_m) + most_runs);
+  return row_tiles * CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
+}
+
 }  // namespace
+
+const char* GroupingName(Grouping grouping) {
+  switch (grouping) {
+    case Grouping::kDense:
+      return "dense";
+    case Grouping::kContiguous:
+      return "contiguous";
+    case Grouping::kMasked:
+      return "masked";
+    case Grouping::kRagged:
+      return "ragged";
+  }
+  return "unknown";
+}
 
 std::string WhyUnsupported(const GemmProblem& problem) {
   // Coordinates are int32, also those of a tile that begins at the last row or column.
@@ -40,6 +66,13 @@ std::string WhyUnsupported(const GemmProblem& problem) {
     return "k must be a positive multiple of 16, got " + std::to_string(problem.k);
   }
   if (problem.k > kMax) return limit("k", problem.k);
+  if (problem.num_groups < 1) {
+    return "there must be at least one group, got " + std::to_string(problem.num_groups);
+  }
+  if (problem.num_groups > kMax / problem.n) {
+    return "num_groups * n must be at most " + std::to_string(kMax) + ", got " +
+           std::to_string(problem.num_groups) + " * " + std::to_string(problem.n);
+  }
   if (problem.num_sms < 1) {
     return "num_sms must be at least 1, got " + std::to_string(problem.num_sms);
   }
@@ -109,6 +142,17 @@ std::string WhyMalformed(const GemmConfig& config) {
 
 std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
   if (const std::string why = WhyMalformed(config); !why.empty()) return why;
+  if (problem.grouping != Grouping::kDense) {
+    if (config.cluster_m > 1) {
+      return Sentence("cluster_m", config.cluster_m,
+                      "1 for grouped operations: CTAs that share B must work on one group");
+    }
+    if (config.raster_m > kMaxGroupedRasterRows) {
+      return Sentence("raster_m", config.raster_m,
+                      "at most " + std::to_string(kMaxGroupedRasterRows) +
+                          " for grouped operations: a lane looks up each row");
+    }
+  }
   if (config.cluster_size() > problem.num_sms) {
     return "a cluster of " + std::to_string(config.cluster_size()) + " CTAs needs as many SMs, " +
            "but num_sms is " + std::to_string(problem.num_sms);
@@ -121,7 +165,19 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
   if (config.raster_m * columns > std::numeric_limits<int32_t>::max()) {
     return Sentence("raster_m", config.raster_m, "smaller for so many columns of tiles");
   }
+  if (MostTiles(problem, config) > std::numeric_limits<int32_t>::max()) {
+    return "tiles of " + std::to_string(config.block_m) + "x" + std::to_string(config.block_n) +
+           " are too small: there would be more than 2^31 - 1 of them";
+  }
   return "";
+}
+
+int64_t ActiveGroups(const GemmProblem& problem) {
+  return std::max<int64_t>(1, std::min(problem.num_groups, problem.m));
+}
+
+int64_t RowsPerGroup(const GemmProblem& problem) {
+  return problem.expected_m > 0 ? problem.expected_m : CeilDiv(problem.m, ActiveGroups(problem));
 }
 
 int ResidentClusters(const GemmProblem& problem, int cluster_size) {
@@ -130,10 +186,8 @@ int ResidentClusters(const GemmProblem& problem, int cluster_size) {
 }
 
 int GridSize(const GemmProblem& problem, const GemmConfig& config) {
-  const int64_t tiles = CeilDiv(problem.m, int64_t{config.block_m} * config.cluster_m) *
-                        CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
-  const int64_t clusters =
-      std::min<int64_t>(tiles, ResidentClusters(problem, config.cluster_size()));
+  const int64_t clusters = std::min<int64_t>(MostTiles(problem, config),
+                                             ResidentClusters(problem, config.cluster_size()));
   return static_cast<int>(clusters) * config.cluster_size();
 }
 

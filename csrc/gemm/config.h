@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "csrc/kernels/grouping.h"
 #include "csrc/kernels/smem_layout.h"
 
 namespace dg {
@@ -13,13 +14,24 @@ namespace dg {
 // The deepest ring a configuration may have; deeper ones hide no more latency.
 constexpr int kMaxStages = 32;
 
-// D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use.
+// The tallest swath of a grouped operation: a warp's lanes look up one row of tiles each
+// (csrc/kernels/row_tiles.cuh).
+constexpr int kMaxGroupedRasterRows = 32;
+
+// D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use. Grouped operations
+// have num_groups matrices B, and only the device knows how many rows of A go with each.
 struct GemmProblem {
-  int64_t m;
+  Grouping grouping;
+  int64_t num_groups;  // 1 for a dense problem
+  int64_t m;           // rows of A and D, of all groups together
+  int64_t expected_m;  // rows of a group that the caller expects; 0: an equal share of m
   int64_t n;
   int64_t k;
   int num_sms;
 };
+
+// "dense", "contiguous", "masked" or "ragged".
+const char* GroupingName(Grouping grouping);
 
 // Tile, pipeline and cluster of one kernel. See csrc/kernels/gemm.cuh.
 struct GemmConfig {
@@ -51,11 +63,16 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // k-blocks of 128, the last one possibly partial.
 inline int64_t KBlocks(const GemmProblem& problem) { return CeilDiv(problem.k, kBlockK); }
 
+// Groups with rows, and rows of each, that selection counts on: as many groups as there can be.
+int64_t ActiveGroups(const GemmProblem& problem);
+int64_t RowsPerGroup(const GemmProblem& problem);
+
 // Clusters that can be resident at the same time. GPCs have 16 or 18 SMs, so clusters of four
 // strand some: of the 33 that 132 SMs would hold, 30 were seen to run at once, 31 in two rounds.
 int ResidentClusters(const GemmProblem& problem, int cluster_size);
 
-// CTAs to launch: one per SM, in whole clusters that fit at the same time, and none without a tile.
+// CTAs to launch: one per SM, in whole clusters that fit at the same time, and none that could not
+// have a tile however the rows are grouped.
 int GridSize(const GemmProblem& problem, const GemmConfig& config);
 
 }  // namespace dg

@@ -32,10 +32,10 @@ std::string WgmmaFunction(int n) {
 
 std::string KernelName(const GemmProblem& problem, const GemmConfig& config) {
   std::ostringstream name;
-  name << "dg_gemm_fp8_bf16_n" << problem.n << "_k" << problem.k << "_" << config.block_m << "x"
-       << config.block_n << "_s" << config.num_stages << "_w" << config.math_warpgroups << "_c"
-       << config.cluster_m << "x" << config.cluster_n << "x" << config.cluster_k << "_r"
-       << config.raster_m;
+  name << "dg_gemm_fp8_bf16_" << GroupingName(problem.grouping) << "_n" << problem.n << "_k"
+       << problem.k << "_" << config.block_m << "x" << config.block_n << "_s" << config.num_stages
+       << "_w" << config.math_warpgroups << "_c" << config.cluster_m << "x" << config.cluster_n
+       << "x" << config.cluster_k << "_r" << config.raster_m;
   return name.str();
 }
 
@@ -45,6 +45,7 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config) {
     text << "constexpr int " << name << " = " << value << ";\n";
   };
   text << "namespace dg::config {\n";
+  constant("kGrouping", static_cast<int>(problem.grouping));
   constant("kN", problem.n);
   constant("kK", problem.k);
   constant("kBlockM", config.block_m);

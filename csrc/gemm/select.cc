@@ -12,6 +12,7 @@ namespace {
 constexpr double kClockGhz = 1.56;             // while multiplying FP8
 constexpr double kHbmBytesPerUs = 3.08e6;      // streaming weights
 constexpr double kL2BytesPerUs = 7.36e6;       // TMA loads that hit L2, all SMs together
+constexpr double kInStep = 1.35;               // more of it for tall tiles in the first two rounds
 constexpr double kSmBytesPerCycle = 45;        // what one SM takes in through TMA
 constexpr double kMinKBlockCycles = 278;       // full wait, wgmma, empty arrival, in a row
 constexpr double kGapCycles = 108;             // between a wgmma and its warpgroup's next one
@@ -40,7 +41,20 @@ int RasterRows(const GemmProblem& problem, const GemmConfig& config) {
   const double columns = config.block_n * config.cluster_n;
   const double clusters = std::max(1, problem.num_sms / config.cluster_size());
   const int best = static_cast<int>(std::lround(std::sqrt(clusters * columns / rows)));
-  return std::max(1, best);
+  return std::clamp(best, 1, kMaxGroupedRasterRows);
+}
+
+// Rows of tiles. Groups are taken to be of one size: sizes are not known before the kernel runs.
+double TileRows(const GemmProblem& problem, const GemmConfig& config) {
+  const int64_t rows = int64_t{config.block_m} * config.cluster_m;
+  if (problem.grouping == Grouping::kDense) return CeilDiv(problem.m, rows);
+  if (problem.grouping == Grouping::kContiguous) {
+    // Every other border between groups of an odd number of blocks splits a tile of two blocks.
+    const int64_t blocks = CeilDiv(RowsPerGroup(problem), kContiguousAlignment);
+    const bool splits = rows > kContiguousAlignment && blocks % 2 != 0;
+    return CeilDiv(problem.m, rows) + (splits ? (ActiveGroups(problem) - 1) / 2 : 0);
+  }
+  return ActiveGroups(problem) * CeilDiv(RowsPerGroup(problem), rows);
 }
 
 }  // namespace
@@ -74,7 +88,7 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem) {
 double EstimateUs(const GemmProblem& problem, const GemmConfig& config) {
   const double block_m = config.block_m;
   const double block_n = config.block_n;
-  const double tile_rows = CeilDiv(problem.m, int64_t{config.block_m} * config.cluster_m);
+  const double tile_rows = TileRows(problem, config);
   const double tile_columns = CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
   const double tiles = std::max(1.0, tile_rows * tile_columns);  // m = 0 runs nothing
   const double resident = std::min<double>(tiles, ResidentClusters(problem, config.cluster_size()));
@@ -91,7 +105,10 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config) {
   const double math = tensor + (promote + waves * kGapCycles) / warpgroups;
   const double fill = (block_m + block_n) * kBlockK / kSmBytesPerCycle;
   const double shared = (block_m / config.cluster_n + block_n / config.cluster_m) * kBlockK;
-  const double l2 = shared * resident * config.cluster_size() / kL2BytesPerUs * 1e3 * kClockGhz;
+  // CTAs that have not drifted apart yet ask for the same lines together, which L2 answers once.
+  const double l2_bytes_per_us =
+      kL2BytesPerUs * (block_m > kContiguousAlignment && rounds <= 2 ? kInStep : 1);
+  const double l2 = shared * resident * config.cluster_size() / l2_bytes_per_us * 1e3 * kClockGhz;
   const double k_block = std::max({math, fill, l2, kMinKBlockCycles}) + kExposedL2 * l2;
 
   const double boxes = columns / smem.store_cols();
@@ -100,8 +117,11 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config) {
       (warpgroups == 1 ? 1 : kExposedEpilogue);
   const double compute_us = rounds * (k_blocks * k_block + epilogue) / kClockGhz * 1e-3;
 
-  const double m = problem.m, n = problem.n, k = problem.k;
-  const double memory_us = (m * k + n * k + 2 * m * n) / kHbmBytesPerUs;
+  const double m = problem.grouping == Grouping::kMasked
+                       ? ActiveGroups(problem) * RowsPerGroup(problem)
+                       : problem.m;
+  const double n = problem.n, k = problem.k;
+  const double memory_us = (m * k + ActiveGroups(problem) * n * k + 2 * m * n) / kHbmBytesPerUs;
 
   double fixed_us = kLaunchUs;
   if (config.cluster_k > 1) {

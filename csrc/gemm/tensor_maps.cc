@@ -2,8 +2,7 @@
 
 namespace dg {
 
-TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config,
-                                  int64_t padded_m) {
+TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config) {
   const int64_t m = problem.m, n = problem.n, k = problem.k;
   const SmemLayout smem = config.smem();
   // With multicast each CTA loads its share of the rows for the whole cluster.
@@ -13,8 +12,9 @@ TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& 
   const int d_bytes = smem.store_cols() * 2;
   TensorMapSpecs specs;
   specs.a = {1, k, m, k, kBlockK, a_rows, kBlockK};
-  specs.b = {1, k, n, k, kBlockK, b_rows, kBlockK};
-  specs.sfa = {4, padded_m, KBlocks(problem), padded_m * 4, config.block_m, 1, 0};
+  // A tile that passes the end of its group's columns reads the next group's rows of B; no one sees
+  // what comes of them, because D has no such columns.
+  specs.b = {1, k, problem.num_groups * n, k, kBlockK, b_rows, kBlockK};
   specs.d = {2, n, m, n * 2, smem.store_cols(), smem.store_rows(), d_bytes > 16 ? d_bytes : 0};
   return specs;
 }

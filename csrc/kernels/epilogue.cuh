@@ -1,6 +1,9 @@
 // From float32 accumulators to bf16 in global memory: registers -> stmatrix -> swizzled shared
 // memory -> TMA store, asynchronous until the staging buffer is needed again a tile later. Each
 // math warpgroup does this on its own, so that one can multiply while the other stores.
+//
+// TMA stores whole boxes and clips only where D ends. Where a group's rows end inside a box, each
+// warp copies its own rows out of shared memory instead.
 #pragma once
 
 namespace dg {
@@ -8,30 +11,34 @@ namespace dg {
 // One warpgroup's staging buffers, one per wave.
 class Epilogue {
  public:
-  __device__ Epilogue(const Smem& smem, const TensorMap& map_d, int warpgroup)
-      : map_d_(map_d), staging_(smem.d(warpgroup, 0)), barrier_(1 + warpgroup) {}
+  __device__ Epilogue(const Smem& smem, const TensorMap& map_d, void* d, int warpgroup)
+      : map_d_(map_d), d_(d), staging_(smem.d(warpgroup, 0)), barrier_(1 + warpgroup) {}
 
-  // Stores one wave, whose first row and column in D are m and n. `writes` says whether this warp
-  // holds rows of it, `row` which row of a box its first one is.
-  __device__ void store(const float (&total)[kAccumulators], int wave, int m, int n, bool writes,
-                        int row) const {
-    const uint32_t staging = staging_ + wave * kLayout.d_bytes();
-    const bool leader = threadIdx.x % kWarpgroupThreads == 0;
-    // The wave stored last from this buffer is kWaves stores ago.
-    if (leader) cp_async_bulk_wait_group_read<kWaves - 1>();
+  // Stores all waves. The first one's first row and column in D are m and n; D takes `rows` rows
+  // from there. `writes` says whether this warp holds rows of it, `row` which row of a box its
+  // first one is.
+  __device__ __forceinline__ void store(const float (&total)[kWaves][kAccumulators], int m, int n,
+                                        int rows, bool writes, int row) const {
+    // The last tile's stores have read the buffers. The warps meet even where there is nothing to
+    // store: under split-k none may begin the next exchange before all have ended this one.
+    if (leader()) cp_async_bulk_wait_group_read<0>();
     sync();
+    // NOTE: no loop over waves: the compiler gives up unrolling so long a body, and `total`,
+    // indexed at run time, would lie in local memory.
     if (writes) {
-#pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        to_shared(staging + box * kBoxBytes, total + box * kBoxColumns / 2, row);
-      }
+      fill<0>(total[0], m, n, rows, row);
+      if constexpr (kWaves == 2) fill<1>(total[1], m, n, rows, row);
     }
+    if (!whole(rows)) return;  // not one wave
     fence_proxy_async_shared();
     sync();
-    if (leader) {
+    if (leader()) {
+      for (int wave = 0; wave < kWaves && whole(rows - wave * kWgmmaM); ++wave) {
 #pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        tma_store_2d(map_d_, staging + box * kBoxBytes, n + box * kBoxColumns, m);
+        for (int box = 0; box < kBoxes; ++box) {
+          tma_store_2d(map_d_, staging_ + (wave * kBoxes + box) * kBoxBytes, n + box * kBoxColumns,
+                       m + wave * kWgmmaM);
+        }
       }
       cp_async_bulk_commit_group();
     }
@@ -57,6 +64,27 @@ class Epilogue {
     return box + row * kPitch + (index ^ (row * kPitch / 128 % kChunks)) * 16;
   }
 
+  __device__ static bool leader() { return threadIdx.x % kWarpgroupThreads == 0; }
+
+  // Whether TMA stores a wave of which D takes so many rows; it clips them if D ends there.
+  __device__ static bool whole(int rows) {
+    return kRowsEndInTiles ? rows >= kLayout.store_rows() : rows > 0;
+  }
+
+  // A wave's rows of this warp: to shared memory, and from there to D if TMA is not to do it.
+  template <int kWave>
+  __device__ __forceinline__ void fill(const float (&total)[kAccumulators], int m, int n, int rows,
+                                       int row) const {
+    const int wave_rows = rows - kWave * kWgmmaM;
+    if (wave_rows <= 0) return;
+    const uint32_t staging = staging_ + kWave * kLayout.d_bytes();
+#pragma unroll
+    for (int box = 0; box < kBoxes; ++box) {
+      to_shared(staging + box * kBoxBytes, total + box * kBoxColumns / 2, row);
+    }
+    if (!whole(wave_rows)) copy_rows(staging, m + kWave * kWgmmaM, n, wave_rows, row);
+  }
+
   // A warp's 16 rows of a box. stmatrix takes matrices 0 and 1 (rows 0-7 and 8-15 of one 8-column
   // group) from registers 4j..4j+3 as they lie in the accumulator, 2 and 3 from the next group.
   __device__ static void to_shared(uint32_t box, const float* total, int row) {
@@ -75,7 +103,28 @@ class Epilogue {
     }
   }
 
+  // Copies those of a warp's 16 rows that are below `rows` to D, in 16-byte chunks, neighbours side
+  // by side. A chunk is in D or past its last column as a whole: n is a multiple of 8.
+  __device__ void copy_rows(uint32_t staging, int m, int n, int rows, int row) const {
+    constexpr int kRowChunks = kBoxes * kChunks;
+    __syncwarp();  // the warp's rows are in shared memory
+    const int chunks = min(rows - row, 16) * kRowChunks;
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < chunks; i += 32) {
+      const int from_row = row + i / kRowChunks;
+      const int in_row = i % kRowChunks;
+      const int column = n + in_row * 8;
+      const uint32_t source =
+          chunk(staging + in_row / kChunks * kBoxBytes, from_row, in_row % kChunks);
+      if (column < config::kN) {
+        const size_t element = size_t(m + from_row) * config::kN + column;
+        st_global_v4_s32(static_cast<char*>(d_) + 2 * element, ld_shared_v4_s32(source));
+      }
+    }
+  }
+
   const TensorMap& map_d_;
+  void* const d_;
   const uint32_t staging_;
   const int barrier_;
 };

@@ -5,6 +5,10 @@
 //   D    bf16 [m, n] row-major       SFB  f32 [ceil(n/128), ceil(k/128)] row-major: one scale per
 //                                         128 x 128 block
 //
+// Grouped operations have one B and SFB per group, stacked along n, and a rule that says which rows
+// of A go with which group (grouping.h). row_tiles.cuh turns the rule into tiles; nothing else here
+// knows it.
+//
 // For each k-block of 128, four wgmma (k = 32 each) leave A*B in a float32 accumulator; the CUDA
 // cores then add it, times its two scales, to the running total ("promotion"). The tensor cores
 // keep only about 14 bits while they accumulate FP8, so the promotion is what makes the sum exact
@@ -13,29 +17,33 @@
 // A persistent grid of CTAs, one per SM, each warp-specialised:
 //
 //   role               threads  registers   per k-block                         per tile
-//   producer warp      1 of 128 40          wait empty; TMA A, B, SFA -> stage  next tile
+//   producer warp      1 of 128 40          wait empty; copy A, B, SFA, SFB     find the next tile,
+//                                           into the stage                      announce it
 //   math warpgroup w   128      232 (255    wait full; 4 wgmma per 64-row wave; totals -> bf16 ->
 //                               if alone)   arrive empty; promote               TMA store
 //
 //   barrier            arrivals                       signals
-//   full[stage]        1 + the stage's bytes          producer/TMA -> math: stage holds data
+//   full[stage]        2 + the stage's bytes          producer/TMA -> math: stage holds data
 //   empty[stage]       math warps x sharing CTAs      math -> producer(s): stage may be rewritten
 //   partials_full[w]   1 + the partial sums' bytes    peers -> warpgroup w: split-k sums are here
 //   partials_empty[w]  peers' warps                   owner -> peers: the slots may be rewritten
 //
-// Shared memory: smem_layout.h. The producer runs ahead across tile borders, and the warpgroups
+// Shared memory: smem_layout.h. The producer runs ahead across tile borders and writes beside a
+// tile's first stage which tile it is, so the math warpgroups need no schedule of their own. They
 // share nothing but the ring: they drift apart by up to its depth, so one's epilogue runs under
 // the other's wgmma.
 //
-// Compile-time constants (namespace config, generated per kernel): kN, kK, kBlockM, kBlockN,
-// kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM. m is a run-time value:
-// one kernel serves every m.
+// Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
+// kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM. m and the groups
+// are run-time values: one kernel serves them all.
 #pragma once
 
 // clang-format off: each file uses the ones before it.
+#include "grouping.h"
 #include "smem_layout.h"
 #include "ptx.cuh"
 #include "pipeline.cuh"
+#include "row_tiles.cuh"
 #include "scheduler.cuh"
 #include "scales.cuh"
 #include "mainloop.cuh"
@@ -48,6 +56,7 @@ namespace dg {
 // --- 1. Constants --------------------------------------------------------------------------------
 
 constexpr int kThreads = kWarpgroupThreads * (1 + config::kMathWarpgroups);
+constexpr int kStartThreads = 32 + kWarpgroupThreads * config::kMathWarpgroups;  // with a role
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
@@ -67,78 +76,167 @@ static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM")
 // With multicast each CTA loads its part of the shared operand for the whole cluster.
 template <int kParts, int kRows>
 __device__ __forceinline__ void load_operand(uint32_t smem, const TensorMap& map, uint32_t full,
-                                             int k, int row, CachePolicy policy) {
+                                             int k, int row) {
   if constexpr (kParts == 1) {
-    tma_load_2d(smem, map, full, k, row, policy);
+    tma_load_2d(smem, map, full, k, row);
   } else {
     constexpr int kPartRows = kRows / kParts;
     const int part = cluster_ctarank();
     tma_load_2d_multicast(smem + part * kPartRows * kBlockK, map, full, k, row + part * kPartRows,
-                          (1 << kParts) - 1, policy);
+                          (1 << kParts) - 1);
   }
 }
 
-__device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a,
-                                        const TensorMap& map_b, const TensorMap& map_sfa, int m) {
-  constexpr uint32_t kStageBytes = kLayout.a_bytes() + kLayout.b_bytes() + kLayout.sfa_bytes();
-  const KRange range(m);
-  // Weights pass through once when one row of tiles covers m; otherwise L2 keeps them for the next.
-  const CachePolicy policy_b = m <= kRowsPerCluster ? kEvictFirst : kEvictNormal;
-  Scheduler scheduler(m);
-  RingPosition ring;
-  for (Tile tile = scheduler.next(); tile.valid; tile = scheduler.next()) {
-    const int start = range.start(tile);
-    // One instruction stream of three loads per k-block is all this warp has to issue; unrolled it
-    // would not fit into the producer's registers.
+// One thread copies a tile's k-blocks into the stages from `ring` on.
+__device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map_a,
+                                          const TensorMap& map_b, const KernelParams& params,
+                                          const KRange& range, const Tile& tile,
+                                          RingPosition ring) {
+  const int start = range.start(tile);
+  const int b_row = tile.group * config::kN + tile.n;
+  // Bulk copies begin and end at multiples of 16 bytes. Rows past the end of A keep old scales.
+  const int sfa_row = tile.m & ~3;
+  const int sfa_bytes = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row)) * 4;
+  const float* const sfa = params.sfa + sfa_row;
+  const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
+  const int n_block = tile.n / 128;
+  // One instruction stream of three loads per k-block is all this warp has to issue; unrolled it
+  // would not fit into the producer's registers.
 #pragma unroll 1
-    for (int i = 0; i < range.count(); ++i, ring.advance()) {
-      const int k_block = range.block(i, start);
-      const int stage = ring.stage();
-      const uint32_t full = smem.full(stage);
-      mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-      mbarrier_arrive_expect_tx(full, kStageBytes);
-      const int k = k_block * kBlockK;
-      load_operand<config::kClusterM, config::kBlockN>(smem.b(stage), map_b, full, k, tile.n,
-                                                       policy_b);
-      load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m,
-                                                       kEvictNormal);
-      tma_load_2d(smem.sfa(stage), map_sfa, full, tile.m, k_block, kEvictNormal);
+  for (int i = 0; i < range.count(); ++i, ring.advance()) {
+    const int k_block = range.block(i, start);
+    const int stage = ring.stage();
+    const uint32_t full = smem.full(stage);
+    mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
+    if (i == 0) {
+      st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
     }
+    mbarrier_arrive_expect_tx(full, kLayout.a_bytes() + kLayout.b_bytes() + sfa_bytes);
+    const int k = k_block * kBlockK;
+    load_operand<config::kClusterM, config::kBlockN>(smem.b(stage), map_b, full, k, b_row);
+    load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m);
+    if (sfa_bytes > 0) {
+      bulk_load(smem.sfa(stage), sfa + size_t(k_block) * params.sfa_pitch, sfa_bytes, full);
+    }
+#pragma unroll
+    for (int block = 0; block < kTileScaleBlocks; ++block) {
+      // Columns past n have no scale of their own and need none.
+      const int row = min(n_block + block, kNBlocks - 1);
+      cp_async_4(smem.sfb(stage) + 4 * block, sfb + row * kKBlocks + k_block);
+    }
+    cp_async_mbarrier_arrive(full);
+  }
+}
+
+// Announces a tile without k-blocks, which takes one stage.
+__device__ __forceinline__ void announce_tile(const Smem& smem, const Tile& tile,
+                                              const RingPosition& ring) {
+  const int stage = ring.stage();
+  mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
+  st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
+  mbarrier_arrive(smem.full(stage));
+  mbarrier_arrive(smem.full(stage));
+}
+
+__device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a,
+                                        const TensorMap& map_b, const KernelParams& params) {
+  Scheduler scheduler(params);
+  if (elect_sync()) st_shared_s32(smem.tile_count(), scheduler.multiply_count());
+  __syncwarp();
+  barrier_arrive(0, kStartThreads);
+  const KRange range;
+  RingPosition ring;
+  while (true) {
+    const Tile tile = scheduler.next();
+    const bool loads = tile.kind >= kMultiply;
+    if (elect_sync()) {
+      if (loads) {
+        load_tile(smem, map_a, map_b, params, range, tile, ring);
+      } else {
+        announce_tile(smem, tile, ring);
+      }
+    }
+    __syncwarp();
+    if (tile.kind == kStop) break;
+    ring.advance(loads ? range.count() : 1);
   }
 }
 
 // --- 3. Math -------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_d, const float* sfb,
-                                         int m, int warpgroup) {
+// Zeroes the rows of a wave that belong to no group; `m` is the first row of this thread's warp.
+__device__ __forceinline__ void mask_rows(float (&total)[kAccumulators], const KernelParams& params,
+                                          int m) {
+  const int row = m + static_cast<int>(threadIdx.x) % 32 / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int index = row + 8 * half < params.m ? params.detail[row + 8 * half] : -1;
+    const bool grouped = index >= 0 && index < params.num_groups;
+#pragma unroll
+    for (int i = 2 * half; i < kAccumulators; i += 4) {
+      total[i] = grouped ? total[i] : 0;
+      total[i + 1] = grouped ? total[i + 1] : 0;
+    }
+  }
+}
+
+// A tile of zeros. Its chunks of 16 bytes go round all math threads, of all CTAs that would split
+// k.
+__device__ __forceinline__ void store_zeros(void* d, const MathTile& tile) {
+  constexpr int kRowChunks = config::kBlockN / 8;
+  constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
+  const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads +
+                     (config::kClusterK > 1 ? cluster_ctarank() * kMathThreads : 0);
+  const int chunks = min(tile.rows, config::kBlockM) * kRowChunks;
+#pragma unroll 1
+  for (int i = thread; i < chunks; i += kMathThreads * config::kClusterK) {
+    const int column = tile.n + i % kRowChunks * 8;
+    const size_t element = size_t(tile.m + i / kRowChunks) * config::kN + column;
+    if (column < config::kN) {
+      st_global_v4_s32(static_cast<char*>(d) + 2 * element, make_int4(0, 0, 0, 0));
+    }
+  }
+}
+
+__device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_d,
+                                         const KernelParams& params, int warpgroup) {
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
   const int row = kLayout.splits_rows() ? warpgroup * kLayout.warpgroup_m() : 0;
   const int column = kLayout.splits_rows() ? 0 : warpgroup * kLayout.warpgroup_n();
-  Epilogue epilogue(smem, map_d, warpgroup);
+  Epilogue epilogue(smem, map_d, params.d, warpgroup);
   SplitK split_k(smem, warpgroup, warp);
-  Mainloop mainloop(smem, sfb, m, row, column, warp);
-  Scheduler scheduler(m);
-  Tile tile = scheduler.next();
-  mainloop.prefetch(tile);
+  Mainloop mainloop(smem, row, column, warp);
 
-  while (tile.valid) {
-    const Tile next_tile = scheduler.next();
+  // NOTE: a loop that ended where the last tile is announced would end, as far as ptxas can tell,
+  // at another time for each lane, and whatever a lane may be alone with cannot live in uniform
+  // registers. Matrix descriptors must: moving them there before every wgmma cost 7 to 20 %. So the
+  // number of tiles is known beforehand, and tiles without wgmma have a loop of their own.
+  const int count = __shfl_sync(0xffffffff, ld_shared_s32(smem.tile_count()), 0);
+  for (int i = 0; i < count; ++i) {
+    const MathTile tile = mainloop.next_tile();
+    if constexpr (config::kClusterK > 1) split_k.release();
     float total[kWaves][kAccumulators] = {};
-    mainloop.run(tile, next_tile, total);
-#pragma unroll
-    for (int wave = 0; wave < kWaves; ++wave) {
-      const int wave_m = tile.m + row + wave * kWgmmaM;
-      const int n = tile.n + column;
-      if constexpr (config::kClusterK > 1) {
-        split_k.reduce(total[wave]);
-        epilogue.store(total[wave], wave, wave_m + split_k.first_row(), n, split_k.owns(),
-                       split_k.row());
-        if (next_tile.valid) split_k.release();
-      } else {
-        epilogue.store(total[wave], wave, wave_m, n, true, warp * 16);
-      }
+    mainloop.run(total);
+    const int m = tile.m + row;
+    const int n = tile.n + column;
+    const int rows = tile.rows - row;
+    if (kGrouping == Grouping::kContiguous && tile.kind == kMultiplyMask) {
+      mask_rows(total[0], params, m + warp * 16);
+      if constexpr (kWaves == 2) mask_rows(total[1], params, m + kWgmmaM + warp * 16);
     }
-    tile = next_tile;
+    if constexpr (config::kClusterK > 1) {
+      split_k.reduce(total[0]);
+      epilogue.store(total, m + split_k.first_row(), n, rows - split_k.first_row(), split_k.owns(),
+                     split_k.row());
+    } else {
+      epilogue.store(total, m, n, rows, true, warp * 16);
+    }
+  }
+  if constexpr (kGrouping != Grouping::kDense) {
+    for (MathTile tile = mainloop.next_tile(); tile.kind != kStop; tile = mainloop.next_tile()) {
+      mainloop.skip();
+      store_zeros(params.d, tile);
+    }
   }
   epilogue.finish();
 }
@@ -150,8 +248,8 @@ __device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_
 extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     DG_KERNEL_NAME(const __grid_constant__ dg::TensorMap map_a,
                    const __grid_constant__ dg::TensorMap map_b,
-                   const __grid_constant__ dg::TensorMap map_sfa,
-                   const __grid_constant__ dg::TensorMap map_d, const float* sfb, int m) {
+                   const __grid_constant__ dg::TensorMap map_d,
+                   const __grid_constant__ dg::KernelParams params) {
   using namespace dg;
   // Swizzle patterns are functions of the address, so the rings start on 1024-byte boundaries.
   extern __shared__ __align__(1024) char dynamic_smem[];
@@ -163,9 +261,8 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
   if (producer && elect_sync()) {
     prefetch_tensormap(map_a);
     prefetch_tensormap(map_b);
-    prefetch_tensormap(map_sfa);
     for (int stage = 0; stage < config::kNumStages; ++stage) {
-      mbarrier_init(smem.full(stage), 1);
+      mbarrier_init(smem.full(stage), 2);
       mbarrier_init(smem.empty(stage), 4 * config::kMathWarpgroups * kMulticast);
     }
     if constexpr (config::kClusterK > 1) {
@@ -178,25 +275,19 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
   }
   __syncwarp();
 
-  // Everyone waits for the barriers. The producer made them, so it starts loading at once, unless
-  // its loads go to a peer whose barriers may not exist yet. Split-k waits for its peers when it
-  // first writes to them.
+  // With multicast, loads go to peers, whose barriers must exist. Split-k waits for its peers when
+  // it first writes to them.
   if constexpr (kClusterSize > 1) barrier_cluster_arrive_relaxed();
-  if constexpr (kMulticast > 1) {
-    barrier_cluster_wait();
-  } else if (producer) {
-    barrier_arrive(0, kThreads);
-  } else {
-    barrier_sync(0, kThreads);
-  }
+  if constexpr (kMulticast > 1) barrier_cluster_wait();
 
   if (warp < 4) {
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_dec<40>();
-    if (producer && elect_sync()) produce(smem, map_a, map_b, map_sfa, m);
-    __syncwarp();
+    if (producer) produce(smem, map_a, map_b, params);
   } else {
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_inc<232>();
-    multiply(smem, map_d, sfb, m, warp / 4 - 1);
+    // The producer made the barriers and starts at once; the others wait for it.
+    barrier_sync(0, kStartThreads);
+    multiply(smem, map_d, params, warp / 4 - 1);
   }
 
   // Peers that multicast still send arrivals here: no one leaves before all are done. Split-k needs

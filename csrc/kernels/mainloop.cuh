@@ -3,36 +3,46 @@
 
 namespace dg {
 
-// One math warpgroup's walk through the k-blocks of its tiles.
+// What a math warpgroup knows of a tile; the producer writes it into the tile's first stage.
+struct MathTile {
+  int m;
+  int n;
+  int rows;  // see Tile
+  TileKind kind;
+};
+
+// One math warpgroup's walk through the stages.
 //
-// What costs time here is the gap between a wgmma's end and the next one's start. So what the next
-// one needs, a full stage and its addresses, is there before the last one is waited for, and where
-// registers allow, the promotion runs under the next wgmma.
+// What costs time here is the gap between a wgmma's end and the next one's start. So all that the
+// next one needs, its addresses and a look at whether its stage is full, and all that the promotion
+// multiplies with, is made while the last one runs; and where registers allow, the promotion itself
+// runs under the next wgmma.
 class Mainloop {
  public:
   // `row`, `column`: the warpgroup's corner in the tile; `warp`: rank in the warpgroup.
-  __device__ Mainloop(const Smem& smem, const float* sfb, int m, int row, int column, int warp)
+  __device__ Mainloop(const Smem& smem, int row, int column, int warp)
       : smem_(smem),
-        range_(m),
-        scales_b_(sfb),
-        a_(wgmma_descriptor(smem.a(0) + row * kBlockK)),
-        b_(wgmma_descriptor(smem.b(0) + column * kBlockK)),
+        k_blocks_(KRange().count()),
+        a_(wgmma_descriptor_low(smem.a(0) + row * kBlockK)),
+        b_(wgmma_descriptor_low(smem.b(0) + column * kBlockK)),
         sfa_(smem.sfa(0) + (row + warp * 16 + static_cast<int>(threadIdx.x) % 32 / 4) * 4),
-        column_(column) {}
-
-  // Loads the first scales of a tile ahead of time.
-  __device__ void prefetch(const Tile& tile) {
-    scales_b_.prefetch(range_, tile.n + column_, 0, range_.start(tile), tile.valid);
+        column_(column) {
+    look_ahead();
   }
 
-  // Accumulates a tile into `total`, which is zero.
-  __device__ void run(const Tile& tile, const Tile& next_tile,
-                      float (&total)[kWaves][kAccumulators]) {
-    tile_n_ = tile.n + column_;
-    next_tile_ = next_tile;
-    start_ = range_.start(tile);
-    acquired_ = 0;
+  // Waits for the next tile's first stage. Then a tile that multiplies is to be run, one of zeros
+  // to be skipped.
+  __device__ MathTile next_tile() {
     acquire();
+    const int4 tile = ld_shared_v4_s32(smem_.tile(stage_));
+    sfa_offset_ = tile.x % 4 * 4;
+    n_offset_ = (tile.y + column_) % 128;
+    sfb_offset_ = (tile.y % 128 + column_) / 128 * 4;
+    return {tile.x, tile.y, tile.z, static_cast<TileKind>(tile.w)};
+  }
+
+  // Accumulates the tile into `total`, which is zero.
+  __device__ void run(float (&total)[kWaves][kAccumulators]) {
     if constexpr (!kLayout.overlaps_promotion()) {
       run_alternating(total);
     } else if constexpr (kWaves == 1) {
@@ -42,45 +52,44 @@ class Mainloop {
     }
   }
 
- private:
-  // What a wave's partial sums are multiplied with.
-  struct Scales {
-    float row_0;  // of this thread's row r
-    float row_1;  // of row r + 8
-    float column[ScalesB::kScaleBlocks];
-  };
+  // A tile without k-blocks has one stage.
+  __device__ void skip() {
+    look_ahead();
+    release(stage_);
+  }
 
+ private:
   // One accumulator: the tensor cores work for the other warpgroup while this one promotes.
   __device__ void run_alternating(float (&total)[kWaves][kAccumulators]) {
-    bool more = true;
-    while (more) {
+    for (int left = k_blocks_;;) {
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
         float partial[kAccumulators];
+        read_scales(wave);
         issue(partial, wave);
-        load_scales(wave);
-        const int stage = stage_;
-        if (wave == kWaves - 1) {
-          more = acquired_ < range_.count();
-          if (more) acquire();
-        }
+        combine_scales();
+        if (wave == kWaves - 1) look_ahead();
         drain(partial);
-        if (wave == kWaves - 1) release(stage);
+        if (wave == kWaves - 1) release(stage_);
         add(total[wave], partial);
       }
+      if (__builtin_expect(--left == 0, false)) break;
+      acquire();
     }
   }
 
   // Two accumulators, for even and odd k-blocks.
   __device__ void run_overlapped(float (&total)[kAccumulators]) {
     float even[kAccumulators], odd[kAccumulators];
+    read_scales(0);
     issue(even, 0);
-    load_scales(0);
-    while (acquired_ + 1 < range_.count()) {
+    combine_scales();
+    int left = k_blocks_ - 1;
+    for (; left >= 2; left -= 2) {
       step(total, even, odd);
       step(total, odd, even);
     }
-    if (acquired_ < range_.count()) {
+    if (left == 1) {
       step(total, even, odd);
       last(total, odd);
     } else {
@@ -91,9 +100,10 @@ class Mainloop {
   // Two accumulators, for the first and second wave of every k-block.
   __device__ void run_overlapped(float (&total_0)[kAccumulators], float (&total_1)[kAccumulators]) {
     float partial_0[kAccumulators], partial_1[kAccumulators];
+    read_scales(0);
     issue(partial_0, 0);
-    load_scales(0);
-    while (acquired_ < range_.count()) {
+    combine_scales();
+    for (int left = k_blocks_ - 1; left > 0; --left) {
       second_wave(total_0, partial_0, partial_1);
       step(total_1, partial_1, partial_0);
     }
@@ -104,69 +114,91 @@ class Mainloop {
   // Finishes `done`, starts the next k-block in `next`, and promotes while that one runs.
   __device__ void step(float (&total)[kAccumulators], float (&done)[kAccumulators],
                        float (&next)[kAccumulators]) {
-    const int stage = stage_;
-    acquire();
+    look_ahead();
     drain(done);
-    release(stage);
+    release(stage_);
+    acquire();
+    read_scales(0);
     issue(next, 0);
     add(total, done);
-    load_scales(0);
+    combine_scales();
   }
 
   // The same within a k-block.
   __device__ void second_wave(float (&total)[kAccumulators], float (&done)[kAccumulators],
                               float (&next)[kAccumulators]) {
     drain(done);
+    read_scales(1);
     issue(next, 1);
     add(total, done);
-    load_scales(1);
+    combine_scales();
   }
 
   __device__ void last(float (&total)[kAccumulators], float (&done)[kAccumulators]) {
+    look_ahead();
     drain(done);
     release(stage_);
     add(total, done);
   }
 
-  // Waits until the next k-block is in shared memory.
-  __device__ void acquire() {
-    stage_ = ring_.stage();
-    mbarrier_wait(smem_.full(stage_), ring_.parity());
+  // Prepares for the next stage, without waiting for it. Once per stage, while a wgmma runs.
+  __device__ void look_ahead() {
+    next_stage_ = ring_.stage();
+    next_parity_ = ring_.parity();
+    next_a_ = a_ + next_stage_ * (kLayout.a_bytes() / 16);
+    next_b_ = b_ + next_stage_ * (kLayout.b_bytes() / 16);
+    next_scales_ = next_stage_ * kLayout.scale_bytes();
+    next_full_ = mbarrier_test_wait(smem_.full(next_stage_), next_parity_);
     ring_.advance();
-    ++acquired_;
+    // Now, not when they are needed.
+    asm volatile("" : "+r"(next_a_), "+r"(next_b_), "+r"(next_scales_));
+  }
+
+  // Waits until the stage that was looked at is in shared memory.
+  __device__ void acquire() {
+    stage_ = next_stage_;
+    stage_a_ = next_a_;
+    stage_b_ = next_b_;
+    stage_scales_ = next_scales_;
+    if (__builtin_expect(!next_full_, false)) {
+      mbarrier_wait(smem_.full(next_stage_), next_parity_);
+    }
   }
 
   // Starts partial = A * B for one wave of the acquired k-block.
   __device__ void issue(float (&partial)[kAccumulators], int wave) {
-    const uint64_t a = a_ + (stage_ * kLayout.a_bytes() + wave * kWgmmaM * kBlockK) / 16;
-    const uint64_t b = b_ + stage_ * kLayout.b_bytes() / 16;
+    const uint32_t a = stage_a_ + wave * kWgmmaM * kBlockK / 16;
+    const uint32_t b = stage_b_;
     pin(partial);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockK; k += 32) wgmma(partial, a + k / 16, b + k / 16, k != 0);
+    for (int k = 0; k < kBlockK; k += 32) {
+      wgmma(partial, wgmma_descriptor(a + k / 16), wgmma_descriptor(b + k / 16), k != 0);
+    }
     wgmma_commit_group();
   }
 
-  // Reads the scales of the wave issued last, once those of the one before it are used up: the
-  // registers for two sets are what the second accumulator takes.
-  __device__ void load_scales(int wave) {
-    if (wave == 0) {
-      const int k_block = acquired_ - 1;
-      const int lane = k_block % ScalesB::kLanes;
-      if (lane == 0) {
-        scales_b_.rotate();
-        const int ahead = k_block + ScalesB::kLanes;
-        if (ahead < range_.count()) {
-          scales_b_.prefetch(range_, tile_n_, ahead, start_, true);
-        } else {
-          prefetch(next_tile_);
-        }
-      }
-      scales_b_.broadcast(scales_.column, lane);
+  // Reads the scales of the wave that is issued next. Ahead of it, because ptxas schedules what
+  // uses them between the wgmmas and would make the second one wait for shared memory.
+  __device__ void read_scales(int wave) {
+    const uint32_t sfa = sfa_ + sfa_offset_ + stage_scales_ + wave * kWgmmaM * 4;
+    row_0_ = ld_shared(sfa);
+    row_1_ = ld_shared(sfa + 8 * 4);
+    if (wave > 0) return;
+#pragma unroll
+    for (int i = 0; i < kScaleBlocks; ++i) {
+      columns_[i] = ld_shared(smem_.sfb(0) + sfb_offset_ + stage_scales_ + 4 * i);
     }
-    const uint32_t sfa = sfa_ + stage_ * kLayout.sfa_bytes() + wave * kWgmmaM * 4;
-    scales_.row_0 = ld_shared(sfa);
-    scales_.row_1 = ld_shared(sfa + 8 * 4);
+  }
+
+  // Makes them what the next promotion multiplies with, once the last one is over.
+  __device__ void combine_scales() {
+#pragma unroll
+    for (int i = 0; i < kScaleBlocks; ++i) {
+      scales_.row_0[i] = row_0_ * columns_[i];
+      scales_.row_1[i] = row_1_ * columns_[i];
+      asm volatile("" : "+f"(scales_.row_0[i]), "+f"(scales_.row_1[i]));  // under the wgmma
+    }
   }
 
   __device__ void drain(float (&partial)[kAccumulators]) {
@@ -175,7 +207,7 @@ class Mainloop {
   }
 
   // Gives a stage back to the producers that write to it; whole warps.
-  __device__ void release(int stage) {
+  __device__ void release(int stage) const {
     const int lane = threadIdx.x % 32;
     const uint32_t empty = smem_.empty(stage);
     if constexpr (kMulticast == 1) {
@@ -186,26 +218,40 @@ class Mainloop {
   }
 
   __device__ void add(float (&total)[kAccumulators], const float (&partial)[kAccumulators]) {
-    promote(total, partial, scales_.row_0, scales_.row_1, scales_.column, tile_n_);
+    promote(total, partial, scales_, n_offset_);
     // NOTE: without this pin the compiler may sink the additions below the next wgmma, and ptxas
     // then serialises all of them (C7514).
     pin(total);
   }
 
   const Smem smem_;
-  const KRange range_;
-  ScalesB scales_b_;
-  RingPosition ring_;
-  const uint64_t a_;  // matrix descriptors of this warpgroup's rows and columns in stage 0
-  const uint64_t b_;
-  const uint32_t sfa_;  // address of this thread's first row scale in stage 0
+  const int k_blocks_;  // of every tile that multiplies
+  RingPosition ring_;   // of the stage to look at next
+  const uint32_t a_;    // this warpgroup's rows and columns in stage 0, as descriptors' low words
+  const uint32_t b_;
+  const uint32_t sfa_;  // this thread's first row scale in stage 0 of a tile that starts at row 0
   const int column_;
-  int tile_n_ = 0;
-  Tile next_tile_ = {};
-  int start_ = 0;     // of the tile's k order
-  int acquired_ = 0;  // k-blocks of the tile
-  int stage_ = 0;     // of the one acquired last
-  Scales scales_ = {};
+  // Of the tile.
+  int sfa_offset_ = 0;  // bytes from the 16-byte boundary that its first row's scale lies at
+  int sfb_offset_ = 0;  // bytes to the scale of the warpgroup's first column
+  int n_offset_ = 0;    // first column in its block of 128
+  // Of the acquired stage: its number, descriptors of A and B, and bytes to its scales.
+  int stage_ = 0;
+  uint32_t stage_a_ = 0;
+  uint32_t stage_b_ = 0;
+  uint32_t stage_scales_ = 0;
+  // Of the one after it.
+  int next_stage_ = 0;
+  uint32_t next_parity_ = 0;
+  uint32_t next_a_ = 0;
+  uint32_t next_b_ = 0;
+  uint32_t next_scales_ = 0;
+  bool next_full_ = false;
+  // Of the wave issued last: SFA of this thread's two rows, SFB of the columns' blocks.
+  float row_0_ = 0;
+  float row_1_ = 0;
+  float columns_[kScaleBlocks] = {};
+  Scales scales_ = {};  // of the wave to be promoted next
 };
 
 }  // namespace dg

@@ -2,8 +2,9 @@
 // warpgroups.
 //
 // Each stage has two mbarriers. `full`: the producer announces the stage's bytes (1 arrival), TMA
-// delivers them. `empty`: every math warp arrives once it no longer reads the stage; with multicast
-// it arrives in each CTA of the cluster, because the peer's loads write here too.
+// delivers them; B's scales, which are too few for TMA, are another arrival. `empty`: every math
+// warp arrives once it no longer reads the stage; with multicast it arrives in each CTA of the
+// cluster, because the peer's loads write here too.
 #pragma once
 
 namespace dg {
@@ -27,6 +28,14 @@ class RingPosition {
       stage_ = 0;
       parity_ ^= 1;
     }
+    // Where the program says, not where ptxas sinks it: into the gap between two wgmmas.
+    asm volatile("" : "+r"(stage_), "+r"(parity_));
+  }
+
+  __device__ void advance(int stages) {
+    const int next = stage_ + stages;
+    stage_ = next % config::kNumStages;
+    parity_ ^= next / config::kNumStages % 2;
   }
 
  private:
@@ -45,8 +54,10 @@ struct Smem {
     return base + kLayout.b_offset() + stage * kLayout.b_bytes();
   }
   __device__ uint32_t sfa(int stage) const {
-    return base + kLayout.sfa_offset() + stage * kLayout.sfa_bytes();
+    return base + kLayout.scale_offset() + stage * kLayout.scale_bytes();
   }
+  __device__ uint32_t sfb(int stage) const { return sfa(stage) + kLayout.sfb_offset(); }
+  __device__ uint32_t tile(int stage) const { return sfa(stage) + kLayout.tile_offset(); }
   __device__ uint32_t d(int warpgroup, int wave) const {
     return base + kLayout.d_offset() + (warpgroup * kLayout.waves() + wave) * kLayout.d_bytes();
   }
@@ -62,6 +73,7 @@ struct Smem {
   __device__ uint32_t partials_empty(int warpgroup) const {
     return barrier(2 * config::kNumStages + config::kMathWarpgroups + warpgroup);
   }
+  __device__ uint32_t tile_count() const { return base + kLayout.tile_count_offset(); }
 
  private:
   __device__ uint32_t barrier(int index) const {

@@ -88,6 +88,16 @@ __device__ __forceinline__ float ld_shared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ int ld_shared_s32(uint32_t address) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_shared_s32(uint32_t address, int value) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ float4 ld_shared_v4(uint32_t address) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -95,6 +105,27 @@ __device__ __forceinline__ float4 ld_shared_v4(uint32_t address) {
                : "r"(address)
                : "memory");
   return v;
+}
+
+__device__ __forceinline__ int4 ld_shared_v4_s32(uint32_t address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_shared_v4_s32(uint32_t address, int4 v) {
+  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void st_global_v4_s32(void* address, int4 v) {
+  asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 
 // Stores 16 bytes into another CTA's shared memory; they count as arrived bytes on `barrier` there.
@@ -162,6 +193,19 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t remote_barrier) 
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }
 
+// Whether the phase with this parity has completed; does not wait.
+__device__ __forceinline__ bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t complete;
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p; }"
+      : "=r"(complete)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return complete != 0;
+}
+
 // Blocks until the phase with this parity has completed. A fresh barrier is in phase 0, so waiting
 // for parity 1 on it returns at once.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
@@ -189,20 +233,14 @@ __device__ __forceinline__ void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// L2 eviction policies, as createpolicy.fractional returns them for a fraction of 1.
-enum CachePolicy : uint64_t {
-  kEvictNormal = 0x16F0000000000000,
-  kEvictFirst = 0x12F0000000000000,
-};
-
 // Loads the map's box at (x, y) into shared memory; its bytes, out-of-bounds zeros included, count
 // on `barrier`. x is the contiguous dimension.
 __device__ __forceinline__ void tma_load_2d(uint32_t smem, const TensorMap& map, uint32_t barrier,
-                                            int x, int y, CachePolicy policy) {
+                                            int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "l"(static_cast<uint64_t>(policy))
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
 
@@ -210,12 +248,33 @@ __device__ __forceinline__ void tma_load_2d(uint32_t smem, const TensorMap& map,
 // byte count land at the same offsets in each.
 __device__ __forceinline__ void tma_load_2d_multicast(uint32_t smem, const TensorMap& map,
                                                       uint32_t barrier, int x, int y,
-                                                      unsigned short mask, CachePolicy policy) {
+                                                      unsigned short mask) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(smem),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(mask), "l"(static_cast<uint64_t>(policy))
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
       : "memory");
+}
+
+// Copies contiguous bytes, which count on `barrier`; addresses and size are multiples of 16.
+__device__ __forceinline__ void bulk_load(uint32_t smem, const void* source, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Copies 4 bytes; cp_async_mbarrier_arrive tells when they are there.
+__device__ __forceinline__ void cp_async_4(uint32_t smem, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem), "l"(source) : "memory");
+}
+
+// Arrives on `barrier` once all of this thread's cp.async have completed. `noinc`: the arrival is
+// one of those that the barrier was initialised to expect.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Stores a box from shared memory at (x, y); what lies past the tensor's upper bounds is dropped.
@@ -254,10 +313,13 @@ __device__ __forceinline__ void wgmma_wait_group() {
 // Matrix descriptor of a K-major fp8 tile with 128-byte swizzle (PTX ISA, "Matrix descriptor
 // format"). Bits 13-0: address / 16. Bits 45-32: stride between groups of 8 rows, 1024 bytes / 16.
 // Bits 63-62: 1 = 128-byte swizzle. The leading offset is unused when a row is one swizzle row.
-// The address is masked to 18 bits: in a cluster its upper byte is the CTA's rank.
-// Moving by `bytes` inside the ring adds bytes / 16; the low word cannot carry.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem) {
-  return 0x4000004000000000ull | ((smem & 0x3FFFF) >> 4);
+// Only the low word depends on the address. It is masked to 18 bits, because in a cluster the
+// address' upper byte is the CTA's rank; moving by `bytes` adds bytes / 16 and cannot carry.
+__device__ __forceinline__ uint32_t wgmma_descriptor_low(uint32_t smem) {
+  return (smem & 0x3FFFF) >> 4;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t low) {
+  return 0x4000004000000000ull | low;
 }
 
 // Keeps accesses to accumulators on their side of the wgmma instructions around.

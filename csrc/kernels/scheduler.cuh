@@ -1,8 +1,8 @@
-// Which output tiles a CTA computes, in which order, and over which part of k. The kernel body asks
-// for one tile after the other and does not know how they are laid out; producer and math
-// warpgroups each walk their own copy and so agree without talking.
+// Which output tiles a CTA computes, in which order, and over which part of k. The producer asks
+// for one tile after the other and hands what the math warpgroups need to know through the ring, so
+// only this file and row_tiles.cuh know how rows are grouped.
 //
-// The grid is persistent: cluster c computes tiles c, c + C, c + 2C, ... of C resident clusters.
+// The grid is persistent: cluster c computes tiles c, c + C, c + 2C, ... of C clusters at work.
 // Tiles are numbered so that those in flight at the same time form a compact rectangle of D: down
 // a swath of kRasterM tile rows first, then to the next column. Its A rows and B columns are what
 // L2 has to hold.
@@ -11,63 +11,105 @@
 namespace dg {
 
 constexpr int kClusterSize = config::kClusterM * config::kClusterN * config::kClusterK;
-constexpr int kRowsPerCluster = config::kBlockM * config::kClusterM;
 constexpr int kColumnsPerCluster = config::kBlockN * config::kClusterN;
 constexpr int kTileColumns = (config::kN + kColumnsPerCluster - 1) / kColumnsPerCluster;
 constexpr int kKBlocks = (config::kK + kBlockK - 1) / kBlockK;
 
 struct Tile {
-  int m;       // first row of D and A, in elements
-  int n;       // first column of D, row of B, in elements
-  bool valid;  // false past the last tile
+  int m;     // first row of A and D
+  int n;     // first column of D
+  int rows;  // rows from m on that D takes; may be more than the tile has, or none
+  TileKind kind;
+  // The producer alone knows the rest.
+  int group;   // matrix of B
+  bool alone;  // no other row of tiles reads this matrix
 };
 
+// Where the tensor cores set the pace, they do so at the clock that the power limit leaves them.
+// CTAs that would have no tile in the last round then do better to have none at all: the same
+// number of rounds at a higher clock. With few k-blocks per tile, memory sets the pace and takes
+// all SMs.
+constexpr bool kLeavesSmsIdle = kRowsPerCluster > 128 && kKBlocks >= 16;
+
+// Members are called by whole warps.
 class Scheduler {
  public:
-  __device__ explicit Scheduler(int m)
-      : tile_rows_((m + kRowsPerCluster - 1) / kRowsPerCluster),
-        next_(blockIdx.x / kClusterSize),
-        stride_(gridDim.x / kClusterSize) {
+  __device__ explicit Scheduler(const KernelParams& params)
+      : row_tiles_(params),
+        multiply_tiles_(row_tiles_.multiply_count() * kTileColumns),
+        cluster_(blockIdx.x / kClusterSize),
+        clusters_(gridDim.x / kClusterSize),
+        stride_(clusters_) {
     const int rank = kClusterSize > 1 ? blockIdx.x % kClusterSize : 0;
     m_in_cluster_ = config::kClusterM > 1 ? rank * config::kBlockM : 0;
     n_in_cluster_ = config::kClusterN > 1 ? rank * config::kBlockN : 0;
+    if (kLeavesSmsIdle && multiply_tiles_ > 0) {
+      const int rounds = ceil_div(multiply_tiles_, clusters_);
+      stride_ = ceil_div(multiply_tiles_, rounds);
+    }
+    next_ = cluster_ < stride_ ? cluster_ : multiply_tiles_;
+  }
+
+  // Tiles of this CTA that multiply. They come first.
+  __device__ int multiply_count() const {
+    return max(0, ceil_div(multiply_tiles_ - next_, stride_));
   }
 
   __device__ Tile next() {
-    constexpr int kTilesPerSwath = config::kRasterM * kTileColumns;
-    const int index = next_;
-    next_ += stride_;
-    const int swath = index / kTilesPerSwath;
-    const int in_swath = index % kTilesPerSwath;
-    const int first_row = swath * config::kRasterM;
-    const int rows = min(config::kRasterM, tile_rows_ - first_row);
-    if (rows <= 0) return {0, 0, false};
-    // The last swath may be lower than the others; its tiles past the end are those whose column
-    // does not exist.
-    const int column = in_swath / rows;
-    if (column >= kTileColumns) return {0, 0, false};
-    return {(first_row + in_swath % rows) * kRowsPerCluster + m_in_cluster_,
-            column * kColumnsPerCluster + n_in_cluster_, true};
+    if (next_ < multiply_tiles_) {
+      const int index = next_;
+      next_ += stride_;
+      return tile(index, 0, row_tiles_.multiply_count());
+    }
+    if constexpr (kGrouping == Grouping::kDense) {
+      return {0, 0, 0, kStop, 0, false};
+    } else {
+      // Tiles of zeros: all clusters share them.
+      const int index = cluster_;
+      cluster_ += clusters_;
+      return tile(index, row_tiles_.multiply_count(), row_tiles_.count());
+    }
   }
 
  private:
-  int tile_rows_;
-  int next_;
+  // The index-th tile of the row tiles from `begin` to `end`.
+  __device__ Tile tile(int index, int begin, int end) {
+    constexpr int kTilesPerSwath = config::kRasterM * kTileColumns;
+    const int in_swath = index % kTilesPerSwath;
+    const int first_row = begin + index / kTilesPerSwath * config::kRasterM;
+    const int rows = min(config::kRasterM, end - first_row);
+    // The last swath may be lower than the others; its tiles past the end are those whose column
+    // does not exist.
+    const int column = rows <= 0 ? kTileColumns : in_swath / rows;
+    if (column >= kTileColumns) return {0, 0, 0, kStop, 0, false};
+    const RowTile row_tile = row_tiles_.get(first_row, in_swath % rows);
+    return {row_tile.m + m_in_cluster_,
+            column * kColumnsPerCluster + n_in_cluster_,
+            row_tile.rows - m_in_cluster_,
+            row_tile.kind,
+            row_tile.group,
+            row_tile.alone};
+  }
+
+  RowTiles row_tiles_;
+  int multiply_tiles_;  // of all clusters
+  int cluster_;         // this one; then its next tile of zeros
+  int clusters_;
   int stride_;
+  int next_ = 0;
   int m_in_cluster_;
   int n_in_cluster_;
 };
 
 // The k-blocks of this CTA (all, or its share under split-k) and the order it takes them in.
 //
-// Where one row of tiles covers m, all CTAs read the same rows of A. In step, they would ask for
-// the same lines at the same time, and the few L2 slices that hold those would set the pace. So
-// every column of tiles starts elsewhere in k and wraps around. (With more rows of tiles, CTAs in
-// step is what lets them share B and A through L2.)
+// Where one row of tiles covers a group, all CTAs at work on it read the same rows of A. In step,
+// they would ask for the same lines at the same time, and the few L2 slices that hold those would
+// set the pace. So every column of tiles starts elsewhere in k and wraps around. (With more rows of
+// tiles, CTAs in step is what lets them share B and A through L2.)
 class KRange {
  public:
-  __device__ explicit KRange(int m)
-      : begin_(0), count_(kKBlocks), rotate_(kMayRotate && m <= kRowsPerCluster) {
+  __device__ KRange() : begin_(0), count_(kKBlocks) {
     if constexpr (config::kClusterK > 1) {
       const int rank = cluster_ctarank();
       begin_ = kKBlocks * rank / config::kClusterK;
@@ -79,7 +121,9 @@ class KRange {
 
   // The i-th k-block of a tile is block(i, start(tile)).
   __device__ int start(const Tile& tile) const {
-    return rotate_ ? tile.n / kColumnsPerCluster * count_ / kTileColumns : 0;
+    // Taller tiles are for matrices with many rows.
+    if (kRowsPerCluster > 128 || !tile.alone) return 0;
+    return tile.n / kColumnsPerCluster * count_ / kTileColumns;
   }
   __device__ int block(int i, int start) const {
     const int rotated = i + start;
@@ -87,12 +131,8 @@ class KRange {
   }
 
  private:
-  // Taller tiles are for matrices with many rows.
-  static constexpr bool kMayRotate = kRowsPerCluster <= 128;
-
   int begin_;
   int count_;
-  bool rotate_;
 };
 
 }  // namespace dg

@@ -9,8 +9,10 @@
 //              D staging     math_warpgroups x waves x [store_rows x warpgroup_n] bf16, in boxes
 //                            of store_cols columns, swizzled by the width of a box's row
 //              partials      math_warpgroups x (cluster_k - 1) x [store_rows x warpgroup_n] f32
-//              SFA ring      num_stages x [block_m] f32
+//              scale ring    num_stages x ([block_m + 4] f32 of SFA, [4] f32 of SFB, [4] i32: which
+//                            tile begins with this stage)
 //              barriers      full and empty per stage; two per math warpgroup with split-k
+//              tile count    i32: tiles of this CTA that multiply
 #pragma once
 
 namespace dg {
@@ -46,7 +48,10 @@ struct SmemLayout {
 
   // With a second set of accumulators the next wgmma runs while the last one's result is promoted.
   // Where its registers do not fit beside the totals, the other warpgroup has to fill the gap.
-  constexpr bool overlaps_promotion() const { return (waves() + 2) * warpgroup_n() / 2 <= 192; }
+  // The exchange of partial sums under split-k takes some registers, too.
+  constexpr bool overlaps_promotion() const {
+    return (waves() + 2) * warpgroup_n() / 2 <= (cluster_k > 1 ? 160 : 192);
+  }
 
   // Rows of a wave that one CTA stores: with split-k each CTA of the cluster owns a slice.
   constexpr int store_rows() const { return kWgmmaM / cluster_k; }
@@ -60,7 +65,12 @@ struct SmemLayout {
 
   constexpr int a_bytes() const { return block_m * kBlockK; }
   constexpr int b_bytes() const { return block_n * kBlockK; }
-  constexpr int sfa_bytes() const { return block_m * 4; }
+
+  // SFA is copied from the multiple of 4 rows (16 bytes) at or below the tile's first row.
+  constexpr int sfa_rows() const { return block_m + 4; }
+  constexpr int sfb_offset() const { return sfa_rows() * 4; }
+  constexpr int tile_offset() const { return sfb_offset() + 16; }
+  constexpr int scale_bytes() const { return tile_offset() + 16; }
   constexpr int d_bytes() const { return store_rows() * warpgroup_n() * 2; }
   constexpr int partial_bytes() const { return store_rows() * warpgroup_n() * 4; }
 
@@ -70,14 +80,15 @@ struct SmemLayout {
   constexpr int partial_offset() const {
     return d_offset() + math_warpgroups * waves() * d_bytes();
   }
-  constexpr int sfa_offset() const {
+  constexpr int scale_offset() const {
     return partial_offset() + math_warpgroups * (cluster_k - 1) * partial_bytes();
   }
-  constexpr int barrier_offset() const { return sfa_offset() + num_stages * sfa_bytes(); }
+  constexpr int barrier_offset() const { return scale_offset() + num_stages * scale_bytes(); }
   constexpr int num_barriers() const {
     return 2 * num_stages + (cluster_k > 1 ? 2 * math_warpgroups : 0);
   }
-  constexpr int total_bytes() const { return barrier_offset() + 8 * num_barriers(); }
+  constexpr int tile_count_offset() const { return barrier_offset() + 8 * num_barriers(); }
+  constexpr int total_bytes() const { return tile_count_offset() + 8; }
 };
 
 }  // namespace dg

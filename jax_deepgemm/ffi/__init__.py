@@ -91,15 +91,17 @@ class KernelReport:
 
 
 def compile_kernel(
-    n: int, k: int, config: "GemmConfig", *, num_sms: int = H100_SMS
+    n: int, k: int, config: "GemmConfig", *, num_sms: int = H100_SMS, op: str = "dense"
 ) -> KernelReport:
-    """Compiles the dense kernel for sm_90a through the JIT and its caches; needs no GPU.
+    """Compiles a kernel for sm_90a through the JIT and its caches; needs no GPU.
 
     Args:
-        n: rows of B; a compile-time constant of the kernel, as k is. One kernel serves every m.
+        n: rows of one weight matrix; a compile-time constant of the kernel, as k is. One kernel
+            serves every m and every number of groups.
         k: columns of A and B.
         config: see `GemmConfig`.
         num_sms: SMs the kernel may use.
+        op: the operation that runs the kernel: "dense", "contiguous", "masked" or "ragged".
 
     Raises:
         TypeError: config is no GemmConfig, or another argument no integer.
@@ -108,11 +110,10 @@ def compile_kernel(
     """
     from jax_deepgemm.config import check_config, check_problem  # which imports this package
 
-    problem = check_problem("compile_kernel", 1, n, k, num_sms)
+    problem = check_problem("compile_kernel", 1, n, k, num_sms, op=op)
     check_config("compile_kernel", problem, config)
-    _, n, k, num_sms = problem
-    text, headers = _native.kernel_source(n, k, num_sms, config.fields)
-    name = _native.kernel_name(n, k, config.fields)
+    text, headers = _native.kernel_source(problem, config.fields)
+    name = _native.kernel_name(problem, config.fields)
     result = _native.jit_compile(name, name, text, headers)
     resources = result["resources"]
     return KernelReport(

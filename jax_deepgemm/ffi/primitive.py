@@ -1,6 +1,7 @@
 """Declares an operation of this package as a JAX primitive, in one call."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def declare(
             "problem".
         reference: (*operands) -> result in jax.numpy; the CPU lowering.
         operand_layouts: for each operand None or the major-to-minor order the target reads.
-        prepare: (*operands) -> what the target takes in their place, in jax.numpy.
+        prepare: (*operands) -> what the target takes in their place, in jax.numpy. The target's
+            result is a matrix, too: the rows of the result, whatever the dimensions before its
+            last.
         batching_rule: (bind, operands, batch axes, parameters) -> batched result and its axis.
     """
     primitive = Primitive(name)
@@ -67,10 +70,10 @@ def declare(
             key: np.int64(value)
             for key, value in attributes(*operands, **parameters).items()
         }
-        call = jax.ffi.ffi_call(
-            target, jax.ShapeDtypeStruct(shape, dtype), input_layouts=operand_layouts
-        )
-        return call(*prepare(*operands), problem=problem)
+        matrix = jax.ShapeDtypeStruct((math.prod(shape[:-1]), shape[-1]), dtype)
+        call = jax.ffi.ffi_call(target, matrix, input_layouts=operand_layouts)
+        d: jax.Array = call(*prepare(*operands), problem=problem)
+        return d.reshape(shape)
 
     mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
     mlir.register_lowering(primitive, mlir.lower_fun(cuda, multiple_results=False), platform="cuda")

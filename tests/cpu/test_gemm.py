@@ -14,14 +14,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig, Quantized, ffi, gemm_fp8_fp8_bf16_nt
-from jax_deepgemm.ffi import _native
 from tests import numerics
+from tests.lowering import cuda_calls, cuda_text, problem_of
 
 OP = "gemm_fp8_fp8_bf16_nt"
 HANDLERS = Path(__file__).parents[2] / "csrc/ffi/handlers.cc"
-
-# Rounding to bf16 moves a value by up to 2**-8 of it, so a row of few values by an error of 2**-17.
-ROW_TOLERANCE = 8e-6
 
 # The shape of the operands that the tests of messages start from.
 M, N, K = 16, 136, 144
@@ -32,15 +29,7 @@ def flat(a: Any, sfa: Any, b: Any, sfb: Any, **options: Any) -> jax.Array:
 
 
 def check(d: jax.Array, operands: numerics.DenseOperands) -> None:
-    expected = numerics.dense_oracle(operands)
-    assert d.dtype == jnp.bfloat16
-    assert d.shape == expected.shape
-    assert numerics.worst_row_error(d, expected) < ROW_TOLERANCE
-    # No value is off by more than its rounding to bf16 and a little of its row's magnitude.
-    excess = np.abs(np.asarray(d).astype(np.float64) - expected) - np.abs(expected) / 256
-    assert (excess <= 1e-4 * np.abs(expected).max(axis=1, initial=0, keepdims=True)).all()
-    if expected.size > 1000:
-        assert numerics.error(d, expected) < numerics.BF16_TOLERANCE
+    numerics.check(d, numerics.dense_oracle(operands), **numerics.FLOAT32_SUMS)
 
 
 @pytest.fixture
@@ -444,26 +433,6 @@ def test_other_vmaps_are_refused(
 # --- Lowering for CUDA ---------------------------------------------------------------------------
 
 
-def cuda_text(function: Callable[..., Any], *arguments: Any) -> str:
-    """The StableHLO of a function for CUDA; no GPU is needed."""
-    traced = jax.jit(function).trace(*arguments)
-    text: str = traced.lower(lowering_platforms=("cuda",)).as_text()
-    return text
-
-
-def cuda_calls(text: str) -> list[str]:
-    return [line for line in text.splitlines() if f"custom_call @{_native.GEMM_TARGET}(" in line]
-
-
-def problem_of(call: str) -> dict[str, int]:
-    """The struct attribute `problem` of a custom call; every member must be an int64."""
-    match = re.search(r"problem = \{(.*?)\}", call)
-    assert match is not None
-    members = dict(member.split(" = ") for member in match[1].split(", "))
-    assert all(value.endswith(" : i64") for value in members.values())
-    return {name: int(value.removesuffix(" : i64")) for name, value in members.items()}
-
-
 @pytest.mark.parametrize(("m", "padded"), [(64, 64), (4, 4), (65, 68), (66, 68), (67, 68), (1, 4)])
 def test_cuda_call(m: int, padded: int) -> None:
     text = cuda_text(flat, *numerics.dense_operands(m, N, K, seed=0))
@@ -484,11 +453,13 @@ def test_cuda_call(m: int, padded: int) -> None:
     assert pads == ([str(padded - m)] if padded != m else [])
 
 
+DENSE_PROBLEM = {"op": 0, "num_groups": 1, "m": M, "expected_m": 0, "n": N, "k": K}
+
+
 def test_cuda_call_leaves_the_choice_to_the_device(operands: numerics.DenseOperands) -> None:
     (call,) = cuda_calls(cuda_text(flat, *operands))
-    problem = problem_of(call)
-    assert (problem.pop("m"), problem.pop("n"), problem.pop("k")) == (M, N, K)
-    assert set(problem.values()) == {0}
+    options = dict.fromkeys(["num_sms", "fill_zero", *GemmConfig.__dataclass_fields__], 0)
+    assert problem_of(call) == DENSE_PROBLEM | options
 
 
 def test_cuda_call_carries_config_and_sm_limit(
@@ -507,7 +478,7 @@ def test_cuda_call_carries_config_and_sm_limit(
     monkeypatch.setattr("jax_deepgemm.device._num_sms_limit", 66)
     (call,) = cuda_calls(cuda_text(lambda *o: flat(*o, config=config), *operands))
     fields = {name: getattr(config, name) for name in GemmConfig.__dataclass_fields__}
-    assert problem_of(call) == {"m": M, "n": N, "k": K, "num_sms": 66} | fields
+    assert problem_of(call) == DENSE_PROBLEM | {"num_sms": 66, "fill_zero": 0} | fields
 
 
 def test_cuda_call_has_the_members_that_the_handler_decodes(

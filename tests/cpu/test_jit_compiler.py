@@ -268,8 +268,9 @@ from jax_deepgemm.ffi import _native
 jax.devices()  # Registrations before this are queued, and types would come after targets.
 jax.ffi.register_ffi_type(_native.GEMM_STATE_TYPE, _native.gemm_state_type(), platform="cpu")
 jax.ffi.register_ffi_target(_native.GEMM_TARGET, _native.gemm_handlers(), platform="cpu")
-selected = {"num_sms": 0} | dict.fromkeys(jax_deepgemm.GemmConfig.__dataclass_fields__, 0)
-problem = {key: np.int64(x) for key, x in ({"m": 64, "n": 136, "k": 144} | selected).items()}
+dense = {"op": 0, "num_groups": 1, "m": 64, "expected_m": 0, "n": 136, "k": 144}
+options = dict.fromkeys(["num_sms", "fill_zero", *jax_deepgemm.GemmConfig.__dataclass_fields__], 0)
+problem = {key: np.int64(x) for key, x in (dense | options).items()}
 call = jax.ffi.ffi_call(_native.GEMM_TARGET, jax.ShapeDtypeStruct((64, 136), jnp.bfloat16))
 
 def outcome(action):

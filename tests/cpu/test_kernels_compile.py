@@ -21,6 +21,8 @@ import jax_deepgemm
 from jax_deepgemm import ffi
 from jax_deepgemm.cli.shapes import NAMED_SHAPES
 
+SHAPES = (*NAMED_SHAPES["seed"], *NAMED_SHAPES["ragged"])
+
 # H100 SXM and H200, H100 PCIe, H20.
 NUM_SMS = (132, 114, 78)
 
@@ -32,8 +34,9 @@ NUM_SAMPLED = 96
 
 
 class Kernel(NamedTuple):
-    """What a kernel is compiled for; m is not part of it."""
+    """What a kernel is compiled for; m and the number of groups are not part of it."""
 
+    op: str
     n: int
     k: int
     config: jax_deepgemm.GemmConfig
@@ -49,20 +52,26 @@ class Build(NamedTuple):
 
 def label(kernel: Kernel) -> str:
     """Names a kernel in a test's id."""
-    n, k, c, _ = kernel
+    op, n, k, c, _ = kernel
     tile = f"bm{c.block_m}-bn{c.block_n}-st{c.num_stages}-wg{c.math_warpgroups}"
-    return f"n{n}-k{k}-{tile}-cl{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-ra{c.raster_m}"
+    return f"{op}-n{n}-k{k}-{tile}-cl{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-ra{c.raster_m}"
 
 
 def selected() -> list[object]:
-    """Returns the kernel of every seed shape on every number of SMs, as pytest parameters."""
+    """Returns the kernel of every shape on every number of SMs, as pytest parameters."""
     return [
         pytest.param(
-            Kernel(n, k, jax_deepgemm.select_config(m, n, k, num_sms=num_sms), num_sms),
-            id=f"m{m}-n{n}-k{k}-sms{num_sms}",
+            Kernel(
+                shape.op,
+                shape.n,
+                shape.k,
+                jax_deepgemm.select_config(**shape.selection, num_sms=num_sms),
+                num_sms,
+            ),
+            id=f"{shape}-sms{num_sms}",
         )
         for num_sms in NUM_SMS
-        for m, n, k in NAMED_SHAPES["seed"]
+        for shape in SHAPES
     ]
 
 
@@ -70,9 +79,9 @@ def sampled() -> list[object]:
     """Returns kernels of legal configurations, a fixed random spread of them, as parameters."""
     kernels = sorted(
         {
-            Kernel(n, k, config, NUM_SMS[0])
-            for m, n, k in NAMED_SHAPES["seed"]
-            for config in jax_deepgemm.legal_configs(m, n, k, num_sms=NUM_SMS[0])
+            Kernel(shape.op, shape.n, shape.k, config, NUM_SMS[0])
+            for shape in SHAPES
+            for config in jax_deepgemm.legal_configs(**shape.selection, num_sms=NUM_SMS[0])
         },
         key=repr,
     )
@@ -96,7 +105,8 @@ def count_instructions(listing: str) -> collections.Counter[str]:
 
 def build(kernel: Kernel, disassembler: str | None, folder: pathlib.Path) -> Build:
     """Compiles a kernel, and disassembles it where there is a disassembler."""
-    report = ffi.compile_kernel(kernel.n, kernel.k, kernel.config, num_sms=kernel.num_sms)
+    op, n, k, config, num_sms = kernel
+    report = ffi.compile_kernel(n, k, config, num_sms=num_sms, op=op)
     if disassembler is None:
         return Build(report, None)
     # The cubin is an ELF file inside the cache file.

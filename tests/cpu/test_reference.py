@@ -82,6 +82,19 @@ def test_dense_keeps_bad_values_in_their_row_and_column(bad):
     np.testing.assert_array_equal(d[~hit], np.asarray(gemm(*clean)).astype(np.float64)[~hit])
 
 
+def test_ends_of_groups_stop_at_m():
+    most = 2**31 - 65537  # rows that a problem can have
+    for sizes, m, expected in (
+        ([3, 0, 2], 9, [3, 3, 5]),
+        ([3, 9, 2], 9, [3, 9, 9]),
+        ([-1, 4, -(2**31), 5], 9, [0, 4, 4, 9]),
+        ([2**31 - 1] * 5, 9, [9] * 5),
+        ([2**31 - 1] * 5, most, [most] * 5),
+        ([1, most, 1, most, 2**30, 2**30], most, [1, *[most] * 5]),
+    ):
+        assert reference._ends(jnp.array(sizes, jnp.int32), m).tolist() == expected
+
+
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize(("rows", "k"), [(1, 16), (130, 300), (256, 128), (0, 144)], ids=str)
 def test_dequantize_takes_leading_batch_dimensions(batch, rows, k):

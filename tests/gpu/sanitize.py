@@ -1,4 +1,4 @@
-"""Runs the dense kernel on a few small problems, for NVIDIA's compute-sanitizer.
+"""Runs the kernels on a few small problems, for NVIDIA's compute-sanitizer.
 
 Run it from the repository's root, on a Hopper GPU, under each of the four tools (`pip install
 nvidia-cuda-sanitizer-api` brings them where there is no CUDA toolkit); test_sanitize.py runs these
@@ -17,27 +17,32 @@ which would take most of the time. initcheck does not see what TMA stores write,
 every copy of a result to the host uninitialised; it checks the kernels alone. The cases are few
 and small because the tools slow kernels down a hundredfold.
 
-Prints the number of cases and the worst error of a row. The exit status is 1 if a result is wrong.
+Prints every case before it runs, so that a hang has a name, then the number of cases and the worst
+error of a row. The exit status is 1 if a result is wrong.
 """
 
 import functools
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
 from tests import numerics
+from tests.grouped_cases import Problem, call
 
 # Few enough that every CTA walks through several tiles, enough for a cluster of four.
 NUM_SMS = 8
 
-# See ROW_TOLERANCE in test_gemm.py.
+# A row's; see support.py.
 MAX_ERROR = 1e-5
 
 # One of each structure: warpgroups, waves, column split, multicast, split-k; sizes that are no
 # multiples of the tile, n of 128 or k of 128.
-CASES = [
+DENSE_CASES = [
     ((130, 136, 304), GemmConfig(64, 64, 4, 1)),
     ((130, 136, 304), GemmConfig(128, 64, 2, 1)),
     ((333, 264, 400), GemmConfig(64, 112, 4, 2)),
@@ -51,22 +56,65 @@ CASES = [
     ((130, 8, 16), None),
 ]
 
+# Empty and small groups, groups of several tiles, tiles of several groups; padding in blocks.
+RAGGED = [0, 5, 70, 1, 130]
+MASKED = [33, 0, 70, 1]
+CONTIGUOUS = [0] * 128 + [2] * 70 + [-1] * 58 + [-1] * 128 + [1, -1] * 10
+
+GROUPED_CASES = [
+    (Problem("ragged", 5, 220, 136, 304), RAGGED, GemmConfig(64, 64, 4, 1)),
+    (Problem("ragged", 5, 220, 264, 400), RAGGED, GemmConfig(128, 96, 3, 2)),
+    (Problem("ragged", 5, 220, 264, 272), RAGGED, GemmConfig(256, 64, 3, 2, cluster_n=2)),
+    (Problem("ragged", 5, 220, 264, 656), RAGGED, GemmConfig(64, 64, 2, 1, cluster_k=2)),
+    (Problem("masked", 4, 70, 136, 304), MASKED, GemmConfig(64, 112, 4, 2)),
+    (Problem("masked", 4, 70, 264, 400), MASKED, GemmConfig(128, 96, 3, 2, cluster_n=2)),
+    (Problem("contiguous", 3, 404, 136, 304), CONTIGUOUS, GemmConfig(64, 64, 4, 1)),
+    (Problem("contiguous", 3, 404, 264, 656), CONTIGUOUS, GemmConfig(256, 64, 3, 2)),
+]
+
+
+class Case(NamedTuple):
+    """One run: what prints, the operation, its arguments and the right result."""
+
+    name: str
+    operation: Callable[..., jax.Array]
+    arguments: tuple[Any, ...]
+    expected: Any
+
+
+def dense(a: Any, sfa: Any, b: Any, sfb: Any, config: GemmConfig | None) -> jax.Array:
+    return jax_deepgemm.gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb), config=config)
+
+
+def cases() -> Iterator[Case]:
+    for (m, n, k), config in DENSE_CASES:
+        operands = numerics.dense_operands(m, n, k, seed=0)
+        operation = functools.partial(dense, config=config)
+        expected = numerics.dense_oracle(operands)
+        yield Case(f"dense m={m} n={n} k={k} {config}", operation, operands, expected)
+    for problem, groups, config in GROUPED_CASES:
+        grouped = problem.operands(seed=0)
+        array = np.array(groups, np.int32)
+        operation = functools.partial(call, problem.op, config=config)
+        expected = problem.oracle(grouped, array)
+        yield Case(f"{problem} {config}", operation, (*grouped, array), expected)
+
 
 def main() -> int:
     """Runs all cases and returns the exit status."""
     jax_deepgemm.set_num_sms(NUM_SMS)
     print(f"running on {jax_deepgemm.backend()}")
     worst = 0.0
-    for (m, n, k), config in CASES:
-        operands = numerics.dense_operands(m, n, k, seed=0)
-        a, sfa, b, sfb = map(jax.device_put, operands)
-        gemm = functools.partial(jax_deepgemm.gemm_fp8_fp8_bf16_nt, config=config)
-        d = jax.jit(gemm)((a, sfa), (b, sfb))
-        error = numerics.worst_row_error(d, numerics.dense_oracle(operands))
+    count = 0
+    for name, operation, arguments, expected in cases():
+        print(name, flush=True)
+        d = jax.jit(operation)(*map(jax.device_put, arguments))
+        error = numerics.worst_row_error(d, expected)
         if error >= MAX_ERROR:
-            print(f"wrong: m={m} n={n} k={k} {config}: error {error:.2g}")
+            print(f"wrong: error {error:.2g}")
         worst = max(worst, error)
-    print(f"{len(CASES)} cases, worst error of a row {worst:.2g} (limit {MAX_ERROR:.0e})")
+        count += 1
+    print(f"{count} cases, worst error of a row {worst:.2g} (limit {MAX_ERROR:.0e})")
     return int(worst >= MAX_ERROR)
 
 

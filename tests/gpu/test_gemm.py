@@ -1,16 +1,12 @@
 """The dense kernel on a Hopper GPU against float64, its memory behaviour and its repeatability.
 
 Everything that the listed cases need is compiled beforehand, in threads (`compiled_ahead`).
-Every run draws other numbers; DG_TEST_SEED, which a failure prints, brings them back.
 """
 
 import concurrent.futures
-import contextlib
 import functools
-import os
-import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,25 +17,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import jax_deepgemm
-from jax_deepgemm import GemmConfig, device, gemm_fp8_fp8_bf16_nt
+from jax_deepgemm import GemmConfig, gemm_fp8_fp8_bf16_nt
 from jax_deepgemm.cli.shapes import NAMED_SHAPES
 from tests import numerics
-
-SEED = int(os.environ.get("DG_TEST_SEED") or secrets.randbits(32))
-
-# Largest error of one row. Rounding to bf16 gives a row of few values up to 7.6e-6; one wrong value
-# among the 32768 of the longest row here gives 1.5e-5.
-ROW_TOLERANCE = 1e-5
-
-# Largest error of one value beyond its rounding to bf16, in parts of its row's root mean square.
-# The tensor cores keep 14 bits of the products of 32 values of k, aligned to the largest of them.
-VALUE_TOLERANCE = 0.02
-
-# Finite, and far from every result here: an element that the kernel does not write is seen.
-SENTINEL = 16384.0
-
-# XLA's own matrix products are oracles here, so the time to tune them is wasted.
-UNTUNED = {"xla_gpu_autotune_level": 0}
+from tests.gpu import support
+from tests.gpu.support import CONFIGS, SEED, SENTINEL, bits, sm_limit
 
 
 class Case(NamedTuple):
@@ -53,12 +35,7 @@ class Case(NamedTuple):
 
 
 def case_id(case: Case) -> str:
-    text = f"m{case.m}-n{case.n}-k{case.k}"
-    if case.config:
-        c = case.config
-        tile = f"{c.block_m}x{c.block_n}-s{c.num_stages}-w{c.math_warpgroups}"
-        text += f"-{tile}-c{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-r{c.raster_m}"
-    return text + (f"-sms{case.num_sms}" if case.num_sms else "")
+    return f"m{case.m}-n{case.n}-k{case.k}{support.config_id(case.config, case.num_sms)}"
 
 
 def operand_shapes(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
@@ -69,23 +46,6 @@ def operand_shapes(m: int, n: int, k: int) -> list[jax.ShapeDtypeStruct]:
         jax.ShapeDtypeStruct((n, k), jnp.float8_e4m3fn),
         jax.ShapeDtypeStruct((numerics.ceil_div(n, 128), k_blocks), jnp.float32),
     ]
-
-
-_limit_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def sm_limit(num_sms: int) -> Iterator[None]:
-    """Sets the limit (0: none) for what this thread traces, and puts the old one back."""
-    with _limit_lock:
-        before = device.num_sms_limit()
-        device._num_sms_limit = 0
-        if num_sms:
-            jax_deepgemm.set_num_sms(num_sms)
-        try:
-            yield
-        finally:
-            device._num_sms_limit = before
 
 
 def flat(a: Any, sfa: Any, b: Any, sfb: Any, config: GemmConfig | None = None) -> jax.Array:
@@ -107,79 +67,20 @@ def random_operands(m: int, n: int, k: int, index: int = 0) -> numerics.DenseOpe
 
 
 def check(d: jax.Array, operands: numerics.DenseOperands) -> None:
-    """Compares every element with the float64 product, on the host."""
-    expected = numerics.dense_oracle(operands)
-    assert d.dtype == jnp.bfloat16
-    assert d.shape == expected.shape
-    assert numerics.worst_row_error(d, expected) < ROW_TOLERANCE
-    excess = np.abs(np.asarray(d).astype(np.float64) - expected) - np.abs(expected) / 256
-    rms = np.sqrt(np.square(expected).mean(axis=1, keepdims=True))
-    assert (excess <= VALUE_TOLERANCE * rms).all()
-    if expected.size > 1000:  # Fewer values may all be rounded unluckily.
-        assert numerics.error(d, expected) < numerics.BF16_TOLERANCE
-
-
-def bits(d: jax.Array) -> bytes:
-    return np.asarray(d).tobytes()
+    support.check(d, numerics.dense_oracle(operands))
 
 
 # --- Cases ---------------------------------------------------------------------------------------
 
 SEED_CASES = [
-    Case(m, n, k) for m, n, k in sorted(NAMED_SHAPES["seed"], key=lambda s: (s[1:], s[0]))
+    Case(shape.m, shape.n, shape.k)
+    for shape in sorted(NAMED_SHAPES["dense"], key=lambda shape: (shape.n, shape.k, shape.m))
 ]
 
 EDGE_CASES = [
     Case(m, n, k)
     for n, k in [(1096, 1040), (136, 304), (8, 16)]
     for m in [0, 1, 2, 3, 7, 63, 64, 65, 127, 128, 129, 333, 1000, 4097]
-]
-
-# Every structure that the kernel can take on.
-CONFIGS = [
-    # One math warpgroup.
-    GemmConfig(64, 64, 4, 1),
-    GemmConfig(64, 16, 16, 1),
-    GemmConfig(64, 72, 4, 1, raster_m=1),
-    GemmConfig(64, 192, 3, 1),
-    # One warpgroup with two waves.
-    GemmConfig(128, 64, 3, 1),
-    GemmConfig(128, 128, 2, 1),
-    # Two warpgroups that split columns.
-    GemmConfig(64, 16, 8, 2),
-    GemmConfig(64, 112, 4, 2),
-    GemmConfig(64, 256, 4, 2),
-    # Two warpgroups that split rows, one wave each.
-    GemmConfig(128, 16, 6, 2),
-    GemmConfig(128, 56, 4, 2),
-    GemmConfig(128, 112, 3, 2, raster_m=3),
-    GemmConfig(128, 136, 4, 2),
-    GemmConfig(128, 176, 4, 2),
-    GemmConfig(128, 192, 2, 2, raster_m=1),
-    # Two waves each.
-    GemmConfig(256, 40, 3, 2),
-    GemmConfig(256, 64, 4, 2),
-    GemmConfig(256, 96, 3, 2),
-    GemmConfig(256, 128, 3, 2, raster_m=3),
-    # Multicast of B.
-    GemmConfig(64, 48, 4, 1, cluster_m=2),
-    GemmConfig(64, 96, 4, 2, cluster_m=2),
-    GemmConfig(128, 128, 4, 2, cluster_m=2, raster_m=1),
-    GemmConfig(128, 176, 3, 2, cluster_m=2),
-    GemmConfig(256, 64, 3, 2, cluster_m=2),
-    # Multicast of A.
-    GemmConfig(64, 64, 4, 1, cluster_n=2),
-    GemmConfig(64, 176, 4, 2, cluster_n=2, raster_m=3),
-    GemmConfig(128, 56, 2, 2, cluster_n=2),
-    GemmConfig(128, 112, 4, 2, cluster_n=2),
-    GemmConfig(256, 128, 3, 2, cluster_n=2),
-    # Split-k.
-    GemmConfig(64, 64, 4, 1, cluster_k=2),
-    GemmConfig(64, 56, 3, 1, cluster_k=4),
-    GemmConfig(64, 112, 4, 2, cluster_k=4),
-    GemmConfig(64, 256, 3, 2, cluster_k=2),
-    GemmConfig(128, 96, 2, 2, cluster_k=2),
-    GemmConfig(128, 136, 3, 2, cluster_k=4, raster_m=1),
 ]
 
 # The second time on 7 SMs: every CTA walks through many tiles, and does not divide them evenly.
@@ -216,12 +117,6 @@ def each(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", [pytest.param(case, id=case_id(case)) for case in cases])
 
 
-@pytest.fixture(autouse=True)
-def seed_in_the_report() -> None:
-    """Pytest shows what is printed here with every test that fails."""
-    print(f"DG_TEST_SEED={SEED}")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def compiled_ahead() -> None:
     """Compiles kernels, their XLA programs and the oracles of large cases in parallel."""
@@ -233,11 +128,9 @@ def compiled_ahead() -> None:
         *REPEAT_CASES,
         *BAD_VALUE_CASES,
     }
-    with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(build, case) for case in sorted(cases, key=case_id)]
-        futures += [pool.submit(build_judge, case.m, case.n, case.k) for case in SEED_CASES]
-        # A failure here is reported again by the case that it belongs to.
-        concurrent.futures.wait(futures)
+    builds = [functools.partial(build, case) for case in sorted(cases, key=case_id)]
+    builds += [functools.partial(build_judge, case.m, case.n, case.k) for case in SEED_CASES]
+    support.compile_ahead(builds)
 
 
 # --- Right numbers -------------------------------------------------------------------------------
@@ -246,41 +139,16 @@ def compiled_ahead() -> None:
 @functools.cache
 def build_judge(m: int, n: int, k: int) -> Callable[..., tuple[jax.Array, ...]]:
     """(*operands, d) -> the three errors that `check` looks at, on the GPU, compiled."""
-
-    def dequantize(values: jax.Array, scales: jax.Array, block_rows: int) -> jax.Array:
-        rows, columns = values.shape
-        spread = jnp.repeat(jnp.repeat(scales, block_rows, axis=0), 128, axis=1)
-        return values.astype(jnp.float64) * spread[:rows, :columns].astype(jnp.float64)
-
-    def judge(
-        a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array, d: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        x = dequantize(a, sfa, 1) @ dequantize(b, sfb, 128).T
-        d = d.astype(jnp.float64)
-        distance = jnp.square(d - x).sum(axis=1)
-        power = (jnp.square(d) + jnp.square(x)).sum(axis=1)
-        excess = jnp.abs(d - x) - jnp.abs(x) / 256
-        rms = jnp.sqrt(jnp.square(x).mean(axis=1, keepdims=True))
-        return distance.sum() / power.sum(), (distance / power).max(), (excess / rms).max()
-
     with jax.enable_x64(True):
-        result = jax.ShapeDtypeStruct((m, n), jnp.bfloat16)
-        lowered = jax.jit(judge, compiler_options=UNTUNED).lower(*operand_shapes(m, n, k), result)
-        return lowered.compile()
-
-
-def random_bytes(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray[Any, Any]:
-    """Every finite e4m3 value equally often: far faster to make than normal numbers."""
-    values = np.frombuffer(rng.bytes(rows * columns), np.uint8).copy()
-    values[values & 0x7F == 0x7F] = 0  # the two NaNs
-    return values.view(numerics.E4M3).reshape(rows, columns)
+        shapes = [*operand_shapes(m, n, k), jax.ShapeDtypeStruct((m, n), jnp.bfloat16)]
+        return jax.jit(support.judge, compiler_options=support.UNTUNED).lower(*shapes).compile()
 
 
 @functools.lru_cache(maxsize=1)
 def large_weights(n: int, k: int) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng([SEED, n, k])
     scales = numerics.random_scales(rng, numerics.ceil_div(n, 128), numerics.ceil_div(k, 128))
-    return jax.device_put(random_bytes(rng, n, k)), jax.device_put(scales)
+    return jax.device_put(support.random_bytes(rng, n, k)), jax.device_put(scales)
 
 
 @each(SEED_CASES)
@@ -289,15 +157,11 @@ def test_seed_shape(case: Case) -> None:
     # a tenth of a second for an H100's float64 tensor cores.
     m, n, k, *_ = case
     rng = np.random.default_rng([SEED, m, n, k])
-    a = jax.device_put(random_bytes(rng, m, k))
+    a = jax.device_put(support.random_bytes(rng, m, k))
     sfa = jax.device_put(numerics.random_scales(rng, m, numerics.ceil_div(k, 128)))
     b, sfb = large_weights(n, k)
     d = build(case)(a, sfa, b, sfb)
-    error, worst_row, worst_value = map(float, build_judge(m, n, k)(a, sfa, b, sfb, d))
-    # A NaN fails each.
-    assert error < numerics.BF16_TOLERANCE
-    assert worst_row < ROW_TOLERANCE
-    assert worst_value < VALUE_TOLERANCE
+    support.check_errors(build_judge(m, n, k)(a, sfa, b, sfb, d))
 
 
 @each(EDGE_CASES + CONFIG_CASES + SM_CASES)
@@ -344,45 +208,15 @@ def test_limit_of_sms_is_put_back() -> None:
 # --- Where it writes -----------------------------------------------------------------------------
 
 
-def neighbours(case: Case) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Three arrays like D full of SENTINEL, one right behind the other in device memory."""
-    d_bytes = case.m * case.n * 2
-    assert d_bytes % 256 == 0
-    arrays: dict[int, jax.Array] = {}
-    for _ in range(64):
-        array = jnp.full((case.m, case.n), SENTINEL, jnp.bfloat16)
-        array.block_until_ready()
-        arrays[array.unsafe_buffer_pointer()] = array
-        for start in arrays:
-            run = [arrays.get(start + i * d_bytes) for i in range(3)]
-            if all(part is not None for part in run):
-                return run[0], run[1], run[2]  # type: ignore[return-value]
-    pytest.fail("the allocator put no three of 64 arrays side by side")
-
-
-def write_into(case: Case, poison: jax.Array, operands: numerics.DenseOperands) -> jax.Array:
-    """Runs the operation with its result in the donated memory of `poison`."""
-    pointer = poison.unsafe_buffer_pointer()
-    with sm_limit(case.num_sms):
-        function = jax.jit(
-            lambda _poison, *operands: flat(*operands, config=case.config),
-            donate_argnums=0,
-            keep_unused=True,
-        )
-        d = function(poison, *operands)
-    # Otherwise the test would show nothing.
-    assert d.unsafe_buffer_pointer() == pointer, "XLA did not write into the donated array"
-    return d
-
-
 @each(POISON_CASES)
 def test_writes_all_of_d_and_nothing_else(case: Case) -> None:
     # D lies in memory that holds SENTINEL, between two arrays of SENTINEL: a value that is left out
     # is far off, and a store past either end of D changes a guard. (What a store would hit further
     # away, and reads outside of the operands, are for compute-sanitizer: sanitize.py.)
     operands = random_operands(case.m, case.n, case.k)
-    before, poison, after = neighbours(case)
-    d = write_into(case, poison, operands)
+    before, poison, after = support.neighbours((case.m, case.n))
+    gemm = functools.partial(flat, config=case.config)
+    d = support.write_into(gemm, poison, *operands, num_sms=case.num_sms)
     check(d, operands)
     for guard in (before, after):
         np.testing.assert_array_equal(np.asarray(guard).astype(np.float32), SENTINEL)
@@ -409,31 +243,6 @@ def test_bad_values_stay_in_their_row_and_column(case: Case, bad: float) -> None
 # --- The same again ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def busy_gpu() -> Iterator[None]:
-    """Another thread keeps running another program meanwhile."""
-    stop = threading.Event()
-    other = build(Case(1000, 1096, 1040))
-    operands = [jnp.asarray(x) for x in random_operands(1000, 1096, 1040)]
-    expected = bits(other(*operands))
-    rounds: list[bool] = []
-
-    def work() -> None:
-        while not stop.is_set():
-            results = [other(*operands) for _ in range(8)]
-            rounds.append(all(bits(result) == expected for result in results))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    assert rounds
-    assert all(rounds)
-
-
 @each(REPEAT_CASES)
 def test_same_bits_every_time(case: Case) -> None:
     host = random_operands(case.m, case.n, case.k)
@@ -443,7 +252,7 @@ def test_same_bits_every_time(case: Case) -> None:
     check(first, host)
     expected = bits(first)
     assert {bits(d) for d in [gemm(*operands) for _ in range(20)]} == {expected}
-    with busy_gpu():
+    with support.busy_gpu():
         assert {bits(gemm(*operands)) for _ in range(20)} == {expected}
 
 

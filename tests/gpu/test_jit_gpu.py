@@ -23,12 +23,14 @@ PREAMBLE = """
 import hashlib, json, sys
 import jax, numpy as np
 from jax_deepgemm import GemmConfig, ffi, gemm_fp8_fp8_bf16_nt
+from jax_deepgemm.config import check_problem
 from jax_deepgemm.ffi import _native
 from tests import numerics
 
 def kernel(n, k, config):
-    text, headers = _native.kernel_source(n, k, 132, config.fields)
-    name = _native.kernel_name(n, k, config.fields)
+    problem = check_problem("test", 1, n, k, num_sms=132)
+    text, headers = _native.kernel_source(problem, config.fields)
+    name = _native.kernel_name(problem, config.fields)
     return hashlib.sha256(_native.jit_compile(name, name, text, headers)["image"]).hexdigest()
 
 def multiply(operands, config):

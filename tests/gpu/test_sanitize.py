@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import OPS, check_problem
 from jax_deepgemm.ffi import _native
 from tests.gpu import sanitize
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 400  # racecheck takes most of it
 
 # The indented lines of the docstring: what sets the shell up, then one command per tool.
 LINES = re.findall(r"^ {4}(.+)$", sanitize.__doc__ or "", flags=re.MULTILINE)
@@ -55,9 +56,15 @@ def test_tool_finds_no_errors(
 ) -> None:
     # The tools check the kernels whose names contain this, and would find nothing in none.
     assert "kernel_substring=dg_gemm" in "\n".join(SETUP)
-    assert "dg_gemm" in _native.kernel_name(136, 304, GemmConfig(64, 64, 4, 1).fields)
+    config = GemmConfig(64, 64, 4, 1)
+    for op in OPS:
+        problem = check_problem("test", 1, 136, 304, num_sms=132, op=op)
+        assert "dg_gemm" in _native.kernel_name(problem, config.fields)
     done = result_of(tool)
     assert done.returncode == 0, done.stdout
-    assert f"{len(sanitize.CASES)} cases, worst error" in done.stdout
+    assert (
+        f"{len(sanitize.DENSE_CASES) + len(sanitize.GROUPED_CASES)} cases, worst error"
+        in done.stdout
+    )
     # "ERROR SUMMARY: 0 errors" or "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)".
     assert re.search(r"SUMMARY: .*\b0 errors", done.stdout), done.stdout

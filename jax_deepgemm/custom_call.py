@@ -1,0 +1,138 @@
+"""The custom call that every operation becomes on a GPU: its operands, its attributes, its options.
+
+One target serves all operations. It takes A, SFA, B and SFB as matrices, the groups one below the
+other, then the arrays that assign rows to groups, and a struct of integers that says which
+operation on which sizes it is; csrc/ffi/handlers.cc is the other side.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepgemm.arguments import H100_SMS
+from jax_deepgemm.config import OPS, GemmConfig, Problem, check_config, check_problem
+from jax_deepgemm.device import num_sms_limit
+from jax_deepgemm.ffi import _native
+from jax_deepgemm.ffi.primitive import declare
+from jax_deepgemm.layout import get_tma_aligned_size
+from jax_deepgemm.operands import Sizes
+
+
+def declare_gemm(
+    name: str,
+    *,
+    op: str,
+    reference: Callable[..., jax.Array],
+    batching_rule: Callable[..., tuple[jax.Array, int]],
+    num_arrays: int = 0,
+    assign: Callable[..., Sequence[jax.Array]] = lambda num_groups, *arrays: arrays,
+) -> Callable[..., jax.Array]:
+    """Returns the function that binds an operation's primitive; see `ffi.primitive.declare`.
+
+    Its operands are a [..., k], sfa, b [..., n, k] and sfb, then any that assign rows to groups;
+    its parameters are those of `options`, and fill_zero where the operation has it.
+
+    Args:
+        name: the public operation.
+        op: which of `config.OPS` it is.
+        reference: (*operands) -> bfloat16[..., n] in jax.numpy.
+        batching_rule: as for `declare`.
+        num_arrays: arrays that the target takes beside the matrices.
+        assign: (number of groups, *operands behind the matrices) -> these arrays.
+    """
+
+    def result(a: Any, sfa: Any, b: Any, *_: Any) -> tuple[tuple[int, ...], Any]:
+        return (*a.shape[:-1], b.shape[-2]), jnp.bfloat16
+
+    def attributes(
+        a: Any,
+        sfa: Any,
+        b: Any,
+        *_: Any,
+        config: GemmConfig | None,
+        num_sms: int,
+        expected_m: int,
+        fill_zero: bool = False,
+    ) -> dict[str, int]:
+        *rows, k = a.shape
+        *groups, n, _k = b.shape
+        problem = Problem(
+            op=OPS.index(op),
+            num_groups=math.prod(groups),
+            m=math.prod(rows),
+            expected_m=expected_m,
+            n=n,
+            k=k,
+            num_sms=num_sms,
+        )
+        # A configuration of zeros: the device that the call runs on selects one.
+        names = GemmConfig.__dataclass_fields__
+        fields = config.fields if config else (0,) * len(names)
+        return {
+            **problem._asdict(),
+            "fill_zero": fill_zero,
+            **dict(zip(names, fields, strict=True)),
+        }
+
+    def prepare(
+        a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array, *arrays: jax.Array
+    ) -> Sequence[jax.Array]:
+        matrices = (x.reshape(-1, x.shape[-1]) for x in (a, _pad_rows(sfa), b, sfb))
+        return (*matrices, *assign(math.prod(b.shape[:-2]), *arrays))
+
+    return declare(
+        name,
+        target=_native.GEMM_TARGET,
+        result=result,
+        attributes=attributes,
+        reference=reference,
+        # SFA is read m-contiguous.
+        operand_layouts=(None, (1, 0), None, None, *(None,) * num_arrays),
+        prepare=prepare,
+        batching_rule=batching_rule,
+    )
+
+
+def _pad_rows(sfa: jax.Array) -> jax.Array:
+    """SFA as a matrix whose rows are padded to 16 bytes, as TMA wants strides to be."""
+    sfa = sfa.reshape(-1, sfa.shape[-1])
+    m = sfa.shape[0]
+    padding = get_tma_aligned_size(m, sfa.dtype.itemsize) - m
+    return jnp.pad(sfa, ((0, padding), (0, 0))) if padding else sfa
+
+
+def options(
+    function: str,
+    op: str,
+    sizes: Sizes,
+    config: GemmConfig | None,
+    *,
+    expected_m: int | None = None,
+) -> dict[str, Any]:
+    """Returns a primitive's parameters, or raises in the name of `function` if no kernel fits.
+
+    Args:
+        function: the public operation.
+        op: which of `config.OPS` it is.
+        sizes: n, k, num_groups where there are groups, and m or else max_m.
+        config: the caller's kernel, None for the selected one.
+        expected_m: the hint of the masked operation.
+    """
+    num_groups = sizes.get("num_groups", 1)
+    num_sms = num_sms_limit()
+    problem = check_problem(
+        function,
+        sizes["m"] if "m" in sizes else num_groups * sizes["max_m"],
+        sizes["n"],
+        sizes["k"],
+        num_sms or H100_SMS,
+        op=op,
+        num_groups=num_groups,
+        expected_m=expected_m,
+    )
+    if config is not None:
+        check_config(function, problem, config)
+    return {"config": config, "num_sms": num_sms, "expected_m": problem.expected_m}

@@ -1,0 +1,250 @@
+"""The grouped operations: checks, primitives, documentation.
+
+Each multiplies every row of A by one of several weight matrices, and says in its own way by which:
+
+- contiguous: an index per row; the rows of a group begin at multiples of 128;
+- masked: as many rows for each group, of which the first few count;
+- ragged: consecutive rows for each group, as many as its size says.
+
+Indices, counts and sizes live on the device: no kernel is compiled for them, and nothing waits.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jax_deepgemm import reference
+from jax_deepgemm.arguments import integer, is_array
+from jax_deepgemm.config import GemmConfig
+from jax_deepgemm.custom_call import declare_gemm, options
+from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
+from jax_deepgemm.operands import Operand, check_integers, check_pairs, describe
+
+_CONTIGUOUS = "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous"
+_MASKED = "m_grouped_gemm_fp8_fp8_bf16_nt_masked"
+_RAGGED = "m_grouped_gemm_fp8_fp8_bf16_nt_ragged"
+
+_FILLS = ("undefined", "zero")
+
+
+def _refuse_batches(name: str) -> Callable[..., tuple[jax.Array, int]]:
+    def rule(*_: Any) -> tuple[jax.Array, int]:
+        raise NotImplementedError(
+            f"{name}: jax.vmap of a grouped operation is not supported; "
+            "make the batch part of the rows or of the groups"
+        )
+
+    return rule
+
+
+def _block_groups(num_groups: int, m_indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns m_indices, and for each block of 128 rows what the kernel wants to know of it.
+
+    That is -1 for a block without a row of a group, or else twice the group, plus 1 if the block
+    has padding rows, too: those past m are some. The kernel looks at single rows only then.
+    """
+    m = m_indices.shape[0]
+    block_m = get_m_alignment_for_contiguous_layout()
+    num_blocks = -(-m // block_m)
+    groups = jnp.pad(m_indices, (0, num_blocks * block_m - m), constant_values=-1)
+    groups = groups.reshape(num_blocks, block_m)
+    is_padding = (groups < 0) | (groups >= num_groups)
+    # One reduction of two values, so that XLA makes one kernel of it.
+    group, has_padding = lax.reduce(
+        (jnp.where(is_padding, -1, groups), is_padding.astype(jnp.int32)),
+        (np.int32(-1), np.int32(0)),
+        lambda x, y: (jnp.maximum(x[0], y[0]), jnp.maximum(x[1], y[1])),
+        dimensions=(1,),
+    )
+    return m_indices, jnp.where(group < 0, -1, 2 * group + has_padding)
+
+
+_contiguous = declare_gemm(
+    _CONTIGUOUS,
+    op="contiguous",
+    reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
+    batching_rule=_refuse_batches(_CONTIGUOUS),
+    num_arrays=2,
+    assign=_block_groups,
+)
+
+_masked = declare_gemm(
+    _MASKED,
+    op="masked",
+    reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_masked,
+    batching_rule=_refuse_batches(_MASKED),
+    num_arrays=1,
+)
+
+_ragged = declare_gemm(
+    _RAGGED,
+    op="ragged",
+    reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_ragged,
+    batching_rule=_refuse_batches(_RAGGED),
+    num_arrays=2,
+)
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
+    lhs: Operand, rhs: Operand, m_indices: ArrayLike, *, config: GemmConfig | None = None
+) -> jax.Array:
+    """Multiplies every row by the matrix of its index: d[i] = a[i] @ b[m_indices[i]].T.
+
+    Operands are dequantised as by `gemm_fp8_fp8_bf16_nt`, which says more about the numbers. Rows
+    without a group are padding: they may hold anything, NaN too, and come back as zeros.
+
+    Args:
+        lhs: (a, sfa): float8_e4m3fn[m, k] and float32[m, ceil(k/128)], for example from
+            `quantize_per_token`. m may be any number, k is a multiple of 16.
+        rhs: (b, sfb): float8_e4m3fn[num_groups, n, k] and
+            float32[num_groups, ceil(n/128), ceil(k/128)], for example from `quantize_per_block`.
+            n is a multiple of 8.
+        m_indices: int32[m]: the group of each row; -1, or any other number that is no index of b,
+            marks padding. Of the rows [128 * i, 128 * i + 128), for every i, all that are no
+            padding must belong to one group (`get_m_alignment_for_contiguous_layout`). This is not
+            checked: where groups share such a block, rows of all but its largest index are
+            undefined on a GPU.
+        config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+
+    Returns:
+        bfloat16[m, n].
+
+    Raises:
+        TypeError: an operand is no pair, m_indices no array, or an array has the wrong dtype.
+        ValueError: an array has the wrong shape, or the configuration is illegal for it. Messages
+            name the function, the argument, what was expected and what came.
+
+    Source:
+        DeepGEMM's function of the same name.
+    """
+    operands, sizes = check_pairs(_CONTIGUOUS, lhs, rhs, groups=("num_groups",))
+    indices = check_integers(_CONTIGUOUS, "m_indices", m_indices, ("m",), sizes)
+    return _contiguous(*operands, indices, **options(_CONTIGUOUS, "contiguous", sizes, config))
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
+    lhs: Operand,
+    rhs: Operand,
+    masked_m: ArrayLike,
+    expected_m: int,
+    *,
+    fill: Literal["undefined", "zero"] = "undefined",
+    config: GemmConfig | None = None,
+) -> jax.Array:
+    """Multiplies the first rows of every group by its matrix: d[g, i] = a[g, i] @ b[g].T.
+
+    i runs from 0 to masked_m[g] - 1. Operands are dequantised as by `gemm_fp8_fp8_bf16_nt`, which
+    says more about the numbers. The rows of a from masked_m[g] on may hold anything, NaN too.
+
+    Args:
+        lhs: (a, sfa): float8_e4m3fn[num_groups, max_m, k] and
+            float32[num_groups, max_m, ceil(k/128)], for example from `quantize_per_token`. max_m
+            may be any number, k is a multiple of 16.
+        rhs: (b, sfb): float8_e4m3fn[num_groups, n, k] and
+            float32[num_groups, ceil(n/128), ceil(k/128)], for example from `quantize_per_block`.
+            n is a multiple of 8.
+        masked_m: int32[num_groups]: the rows of each group. A negative number counts as 0, one
+            above max_m as max_m.
+        expected_m: the rows of a group that are to be expected, at least 1; more than max_m counts
+            as max_m. A hint by which the kernel is chosen, without influence on what is computed.
+        fill: what becomes of the rows of d from masked_m[g] on. "undefined": on a GPU they are not
+            written and hold whatever was in that memory, NaN perhaps. "zero": they are zeros.
+        config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+
+    Returns:
+        bfloat16[num_groups, max_m, n].
+
+    Raises:
+        TypeError: an operand is no pair, masked_m no array, expected_m no integer, or an array has
+            the wrong dtype.
+        ValueError: an array has the wrong shape, expected_m or fill is none of the values above, or
+            the configuration is illegal for the shapes. Messages name the function, the argument,
+            what was expected and what came.
+
+    Source:
+        DeepGEMM's function of the same name, whose rows from masked_m[g] on are undefined.
+    """
+    operands, sizes = check_pairs(
+        _MASKED, lhs, rhs, rows=("num_groups", "max_m"), groups=("num_groups",)
+    )
+    counts = check_integers(_MASKED, "masked_m", masked_m, ("num_groups",), sizes)
+    if fill not in _FILLS:
+        raise ValueError(f"{_MASKED}: fill must be one of {', '.join(_FILLS)}, got {fill!r}")
+    expected_m = integer(_MASKED, "expected_m", expected_m, bits=64)
+    parameters = options(_MASKED, "masked", sizes, config, expected_m=expected_m)
+    return _masked(*operands, counts, fill_zero=fill == "zero", **parameters)
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
+    lhs: Operand,
+    rhs: Operand,
+    group_sizes: ArrayLike,
+    group_offset: ArrayLike | None = None,
+    *,
+    config: GemmConfig | None = None,
+) -> jax.Array:
+    """Multiplies consecutive rows by the matrix of their group, like `jax.lax.ragged_dot`.
+
+    d[i] = a[i] @ b[g - group_offset].T, where group g owns the group_sizes[g] rows that follow
+    those of group g - 1. Sizes may be any numbers, 0 too: nothing is aligned and nothing padded.
+    Operands are dequantised as by `gemm_fp8_fp8_bf16_nt`, which says more about the numbers.
+
+    Rows of no group, behind the last one, are zero, and so are rows of groups that b does not hold:
+    with experts spread over devices, each passes all rows and sizes, its own b and the offset of
+    its first expert, and the sum over devices is the whole result. What a holds in those rows, NaN
+    perhaps, does not matter.
+
+    Args:
+        lhs: (a, sfa): float8_e4m3fn[m, k] and float32[m, ceil(k/128)], rows sorted by group, for
+            example from `quantize_per_token`. m may be any number, k is a multiple of 16.
+        rhs: (b, sfb): float8_e4m3fn[num_groups, n, k] and
+            float32[num_groups, ceil(n/128), ceil(k/128)], for example from `quantize_per_block`.
+            n is a multiple of 8.
+        group_sizes: int32[num_sizes]; num_sizes is num_groups, or with group_offset at least
+            num_groups. A negative size counts as 0; what exceeds m in all is cut off.
+        group_offset: int32, a number or an array of shape () or (1,): b holds the groups
+            group_offset, ..., group_offset + num_groups - 1. Those of them that are no index of
+            group_sizes are empty.
+        config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+
+    Returns:
+        bfloat16[m, n].
+
+    Raises:
+        TypeError: an operand is no pair, group_sizes no array, group_offset no integer, or an array
+            has the wrong dtype.
+        ValueError: an array has the wrong shape, or the configuration is illegal for it. Messages
+            name the function, the argument, what was expected and what came.
+
+    Source:
+        `jax.lax.ragged_dot` for the semantics; DeepGEMM has no such function.
+    """
+    operands, sizes = check_pairs(_RAGGED, lhs, rhs, groups=("num_groups",))
+    name = "num_groups" if group_offset is None else "num_sizes"
+    group_sizes = check_integers(_RAGGED, "group_sizes", group_sizes, (name,), sizes)
+    if group_sizes.shape[0] < sizes["num_groups"]:
+        raise ValueError(
+            f"{_RAGGED}: group_sizes must have at least the {sizes['num_groups']} groups of b, "
+            f"got {describe(group_sizes)}"
+        )
+    offset = _offset(0 if group_offset is None else group_offset)
+    parameters = options(_RAGGED, "ragged", sizes, config)
+    return _ragged(*operands, group_sizes, offset, **parameters)
+
+
+def _offset(group_offset: Any) -> jax.Array:
+    """Returns the offset as int32[1], as the custom call takes it."""
+    if not is_array(group_offset):
+        number = integer(_RAGGED, "group_offset", group_offset, bits=32)
+        return jnp.asarray([number], jnp.int32)
+    names = ("1",) * len(group_offset.shape)
+    if group_offset.shape not in ((), (1,)):
+        raise ValueError(
+            f"{_RAGGED}: group_offset must be one number, got {describe(group_offset)}"
+        )
+    return check_integers(_RAGGED, "group_offset", group_offset, names, {"1": 1}).reshape(1)

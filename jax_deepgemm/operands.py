@@ -1,0 +1,123 @@
+"""How operations check their operands: pairs of values and scales, and arrays that assign rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_deepgemm.arguments import is_array
+from jax_deepgemm.reference import BLOCK
+
+Operand = tuple[ArrayLike, ArrayLike]
+
+Sizes = dict[str, int]
+"""The sizes of an operation's dimensions, by the names that docstrings and messages give them."""
+
+
+def check_pairs(
+    function: str,
+    lhs: Operand,
+    rhs: Operand,
+    *,
+    rows: Sequence[str] = ("m",),
+    groups: Sequence[str] = (),
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], Sizes]:
+    """Returns (a, sfa, b, sfb) and their sizes, or raises in the name of `function`.
+
+    Args:
+        function: the public function, which messages begin with.
+        lhs: what came as (a, sfa): float8_e4m3fn[*rows, k] and float32[*rows, ceil(k/128)].
+        rhs: what came as (b, sfb): float8_e4m3fn[*groups, n, k] and
+            float32[*groups, ceil(n/128), ceil(k/128)].
+        rows: the names of A's dimensions before k.
+        groups: the names of B's dimensions before n. A name that stands in `rows`, too, is the
+            same size.
+
+    Raises:
+        TypeError: an operand is no pair of arrays, or an array has the wrong dtype.
+        ValueError: an array has the wrong shape, or a symbolic one.
+    """
+    a, sfa = _pair(function, "lhs", "(a, sfa)", lhs)
+    b, sfb = _pair(function, "rhs", "(b, sfb)", rhs)
+    sizes: Sizes = {}
+    check_array(function, "a", a, jnp.float8_e4m3fn, (*rows, "k"), sizes)
+    check_array(function, "b", b, jnp.float8_e4m3fn, (*groups, "n", "k"), sizes)
+    for size in ("n", "k"):
+        sizes[f"ceil({size}/{BLOCK})"] = -(-sizes[size] // BLOCK)
+    check_array(function, "sfa", sfa, jnp.float32, (*rows, "ceil(k/128)"), sizes)
+    check_array(function, "sfb", sfb, jnp.float32, (*groups, "ceil(n/128)", "ceil(k/128)"), sizes)
+    return (a, sfa, b, sfb), sizes
+
+
+def check_array(
+    function: str, argument: str, array: Any, dtype: Any, names: Sequence[str], sizes: Sizes
+) -> None:
+    """Raises unless the array has this dtype and dimensions of these names.
+
+    A name that `sizes` knows wants that size; another one is added to it, with the array's size.
+    """
+    wanted = [sizes.get(name) for name in names]
+    right_dtype = array.dtype == np.dtype(dtype)
+    right_shape = len(array.shape) == len(names) and all(
+        want is None or size == want for size, want in zip(array.shape, wanted, strict=True)
+    )
+    if not (right_dtype and right_shape):
+        expected = ", ".join(
+            name if want is None else str(want) for name, want in zip(names, wanted, strict=True)
+        )
+        error = ValueError if right_dtype else TypeError
+        raise error(
+            f"{function}: {argument} must be {np.dtype(dtype).name}[{expected}] "
+            f"({', '.join(names)}), got {describe(array)}"
+        )
+    found = dict(zip(names, array.shape, strict=True))
+    check_static(function, **found)
+    sizes |= found
+
+
+def check_integers(
+    function: str, argument: str, value: Any, names: Sequence[str], sizes: Sizes
+) -> jax.Array:
+    """Returns an argument that counts or names rows as int32 array, or raises like `check_array`.
+
+    Other integer types are refused and not converted: the conversion would run on the device, at
+    every call, and what does not fit would change in silence.
+    """
+    if not is_array(value):
+        raise TypeError(f"{function}: {argument} must be an array, got {type(value).__name__}")
+    if value.dtype != np.int32 and jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: {argument} must be int32, got {describe(value)}: "
+            f"cast it with {argument}.astype(jnp.int32)"
+        )
+    check_array(function, argument, value, jnp.int32, names, sizes)
+    return jnp.asarray(value)
+
+
+def check_static(function: str, **sizes: Any) -> None:
+    """Raises if a size is symbolic, as `jax.export` may make it: kernels are compiled for sizes."""
+    for argument, size in sizes.items():
+        if not isinstance(size, int):
+            raise ValueError(f"{function}: {argument} must be static, got {size}")
+
+
+def describe(array: Any) -> str:
+    """The array's type as messages show it, for example "int32[16, 3]"."""
+    return f"{array.dtype.name}[{', '.join(map(str, array.shape))}]"
+
+
+def _pair(function: str, argument: str, form: str, pair: Any) -> tuple[jax.Array, jax.Array]:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(
+            f"{function}: {argument} must be a pair {form} of values and scales, "
+            f"got {type(pair).__name__}"
+        )
+    for part in pair:
+        if not is_array(part):
+            raise TypeError(
+                f"{function}: {argument} must be a pair {form} of arrays, got {type(part).__name__}"
+            )
+    return jnp.asarray(pair[0]), jnp.asarray(pair[1])
