@@ -1,6 +1,6 @@
 """Command line of jax_deepgemm.
 
-    python -m jax_deepgemm            multiply DeepSeek-V3's dense shapes, check and time them
+    python -m jax_deepgemm            multiply DeepSeek-V3's shapes, check and time them
     python -m jax_deepgemm info       what a bug report needs
     python -m jax_deepgemm compile    fill the kernel cache ahead of time
     python -m jax_deepgemm bench      time kernels with a cold, clean L2

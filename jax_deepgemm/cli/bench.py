@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import json
 import re
 import secrets
@@ -19,16 +20,26 @@ import jax.numpy as jnp
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import machine, tables, torch_baseline
-from jax_deepgemm.cli.compare import KEY_FIELDS, comparison_table, matching_times, yardstick
+from jax_deepgemm.cli import machine, moe, tables, torch_baseline
+from jax_deepgemm.cli.compare import (
+    KEY_FIELDS,
+    comparison_table,
+    matching_times,
+    row_key,
+    yardstick,
+)
 from jax_deepgemm.cli.harness import Candidate, Row, is_good, measure
+from jax_deepgemm.cli.markdown import markdown
 from jax_deepgemm.cli.precompile import add_shapes_argument, given_shapes
 from jax_deepgemm.cli.problem import ORACLE, random_problem, random_problems
-from jax_deepgemm.cli.shapes import Shape, parse_count
-from jax_deepgemm.cli.timing import Flush, host_call_us
+from jax_deepgemm.cli.shapes import DENSE, Shape, parse_count
+from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_call_us
 
 BASELINES = ("torch", "xla", "none")
-HOST_SHAPE = Shape(64, 128, 128)
+HOST_SHAPE = Shape.dense(64, 128, 128)
+
+# Operands and results of the problems that are on the GPU, and in a trace, at the same time.
+BATCH_BYTES = 16 * GIGABYTE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "installed, xla = dequantise to bf16 and XLA's dot (default: torch)",
     )
     parser.add_argument(
+        "--moe",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also measure uneven and mostly empty groups, and JAX's own grouped products",
+    )
+    parser.add_argument(
         "--output",
         type=parse_output,
         metavar="PATH",
@@ -74,6 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=load_results,
         metavar="FILE",
         help="show (and compare) an earlier results file instead of measuring",
+    )
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print the tables of measured times as README.md has them, and nothing else",
     )
     parser.add_argument(
         "--compare",
@@ -113,9 +135,8 @@ def load_peer(text: str) -> dict[str, Any]:
 
 def load_results(text: str) -> dict[str, Any]:
     """Reads a results file, as `bench` writes it; an argparse `type`."""
-    document = _load(
-        text, {"gpu", "date", "host_call_us", "rows"}, {*KEY_FIELDS, "config", "baselines"}
-    )
+    fields = {"gpu", "driver", "cuda", "jax", "date", "command", "host_call_us", "rows"}
+    document = _load(text, fields, {*KEY_FIELDS, "config", "baselines"})
     for row in document["rows"]:
         if "failed" not in row:
             _require(f"{text}: a row", row, {"time_us", "tflops", "gbs", "error"})
@@ -124,6 +145,11 @@ def load_results(text: str) -> dict[str, Any]:
                 GemmConfig(**row["config"])
             except (TypeError, ValueError) as error:
                 raise argparse.ArgumentTypeError(f"{text}: config: {error}") from error
+    if "moe" in document:
+        _require(f"{text}: moe", document["moe"], set(moe.PARTS))
+    for part, entries in moe.parts_of(document).items():
+        for entry in entries:
+            _require(f"{text}: an entry of {part}", entry, {*moe.ENTRY_FIELDS, "ragged"})
     return document
 
 
@@ -157,18 +183,31 @@ def run(args: argparse.Namespace) -> int:
             print(machine.why_no_gpu(), file=sys.stderr)
             return 1
         document = _benchmark(gpu, args)
-    lowering = f"cuda: {document['gpu']}"
-    tables.console.print(tables.results_table(document["rows"], lowering, "kernel us"))
-    tables.console.print(tables.baselines_table(document["rows"]))
+    if args.markdown:
+        print(markdown(document))
+    elif not _report(document, args.compare):
+        print("The two results have no shape in common.", file=sys.stderr)
+        return 1
+    entries = itertools.chain(*moe.parts_of(document).values())
+    good = all(map(is_good, document["rows"])) and all(map(moe.is_good, entries))
+    return 0 if good else 1
+
+
+def _report(document: dict[str, Any], peer: dict[str, Any] | None) -> bool:
+    """Prints all tables; False if the peer has no shape in common."""
+    show = tables.console.print
+    show(tables.results_table(document["rows"], f"cuda: {document['gpu']}", "kernel us"))
+    show(tables.baselines_table(document["rows"]))
     if any("sweep" in row for row in document["rows"]):
-        tables.console.print(tables.sweep_table(document["rows"]))
-    tables.console.print(f"host cost of a jitted call, us: {document['host_call_us']}")
-    if args.compare:
-        if not matching_times(document["rows"], args.compare["rows"]):
-            print("The two results have no shape in common.", file=sys.stderr)
-            return 1
-        tables.console.print(comparison_table(document, args.compare))
-    return 0 if all(map(is_good, document["rows"])) else 1
+        show(tables.sweep_table(document["rows"]))
+    for part, entries in moe.parts_of(document).items():
+        show(moe.moe_table(part, entries))
+    show(f"host cost of a jitted call, us: {document['host_call_us']}")
+    if peer:
+        if not matching_times(document["rows"], peer["rows"]):
+            return False
+        show(comparison_table(document, peer))
+    return True
 
 
 def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
@@ -176,9 +215,11 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
     shapes = given_shapes(args)
     flush = Flush(gpu, dirty_l2=args.dirty_l2)
     state = {"before": machine.query_gpus()}
-    cublas = _torch_baselines(shapes, args) if "torch" in args.baselines else None
-    problems = random_problems(shapes, secrets.randbits(32))
-    document = {
+    cublas = None
+    if "torch" in args.baselines and any(shape.op == DENSE for shape in shapes):
+        cublas = _torch_baselines(shapes, args)
+    seed = secrets.randbits(32)
+    document: dict[str, Any] = {
         "gpu": gpu.device_kind,
         "driver": state["before"][0]["driver_version"] if state["before"] else "",
         "cuda": machine.cuda_version(gpu),
@@ -201,43 +242,65 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
             for field in ("gpu", "date", "method", "peers")
             if field in args.compare
         }
-    xla = "xla" in args.baselines
-    num_sms = jax_deepgemm.get_num_sms()
-    selected = [
-        Candidate(
-            problem,
-            dataclasses.replace(
-                jax_deepgemm.select_config(*problem.shape, num_sms=num_sms), **args.config
-            ),
-        )
-        for problem in problems
-    ]
-    batches = [[candidate] for candidate in selected] if args.sweep else [selected]
-    for batch in batches:
-        rows = measure(batch, flush, args.iterations, xla_baseline=xla)
-        if args.sweep:
-            _sweep(batch[0], rows[0], flush, args.iterations, num_sms)
-        for row in rows:
+    for batch in [[shape] for shape in shapes] if args.sweep else batches(shapes):
+        for row in _measure(batch, flush, args, seed):
             baselines = row.setdefault("baselines", {})
             if cublas:
-                baselines |= cublas["rows"][shapes.index(_shape(row))]
+                baselines |= cublas["rows"].get(row_shape(row), {})
             if args.compare:
                 baselines |= yardstick(row, args.compare["rows"])
-        document["rows"] += rows
+            document["rows"].append(row)
         state["after"] = machine.query_gpus()
         if args.output:
             _write(document, args.output)
+    if args.moe:
+        document["moe"] = {part: [] for part in moe.PARTS}
+        for part, entries in moe.PARTS.items():
+            for entry in entries(flush, args.iterations, seed):
+                document["moe"][part].append(entry)
+                if args.output:
+                    _write(document, args.output)
     return document
 
 
-def _shape(row: Row) -> Shape:
-    return Shape(row["m_per_group"], row["n"], row["k"])
+def batches(shapes: Sequence[Shape]) -> list[list[Shape]]:
+    """Cuts shapes, in order, into lists that fit into `BATCH_BYTES`, if a shape alone does."""
+    result: list[list[Shape]] = []
+    room = 0
+    for shape in shapes:
+        if shape.nbytes > room:
+            result.append([])
+            room = BATCH_BYTES
+        result[-1].append(shape)
+        room -= shape.nbytes
+    return result
+
+
+def row_shape(row: Row) -> Shape:
+    """The shape that a row measures."""
+    return Shape(*row_key(row))
+
+
+def _measure(
+    shapes: Sequence[Shape], flush: Flush, args: argparse.Namespace, seed: int
+) -> list[Row]:
+    """Measures shapes in one trace, and with --sweep all configs of each in one more."""
+    num_sms = jax_deepgemm.get_num_sms()
+    candidates = []
+    for problem in random_problems(shapes, seed):
+        config = jax_deepgemm.select_config(**problem.shape.selection, num_sms=num_sms)
+        candidates.append(Candidate(problem, dataclasses.replace(config, **args.config)))
+    rows = measure(candidates, flush, args.iterations, xla_baseline="xla" in args.baselines)
+    if args.sweep:
+        for candidate, row in zip(candidates, rows, strict=True):
+            _sweep(candidate, row, flush, args.iterations, num_sms)
+    return rows
 
 
 def _sweep(selected: Candidate, row: Row, flush: Flush, iterations: int, num_sms: int) -> None:
     """Times all legal configs of one problem; adds "sweep", "best_us" and "regret" to the row."""
     problem = selected.problem
-    configs = jax_deepgemm.legal_configs(*problem.shape, num_sms=num_sms)
+    configs = jax_deepgemm.legal_configs(**problem.shape.selection, num_sms=num_sms)
     swept = measure([Candidate(problem, config) for config in configs], flush, iterations)
     fields = ("config", "time_us", "error", "failed")
     row["sweep"] = [{field: each[field] for field in fields if field in each} for each in swept]
@@ -251,7 +314,7 @@ def _sweep(selected: Candidate, row: Row, flush: Flush, iterations: int, num_sms
 
 def _host_call_us() -> dict[str, float]:
     problem = random_problem(HOST_SHAPE, 0)
-    m, n, k = HOST_SHAPE
+    m, n, k = HOST_SHAPE.m, HOST_SHAPE.n, HOST_SHAPE.k
     bf16 = (jnp.ones((m, k), jnp.bfloat16), jnp.ones((k, n), jnp.bfloat16))
     return {
         "jax_deepgemm": round(
@@ -263,18 +326,29 @@ def _host_call_us() -> dict[str, float]:
 
 
 def _torch_baselines(shapes: Sequence[Shape], args: argparse.Namespace) -> dict[str, Any]:
-    """Runs `torch_baseline.py` in a process of its own: CUPTI has one user per process."""
+    """Runs `torch_baseline.py` in a process of its own: CUPTI has one user per process.
+
+    Returns:
+        "torch", how it was timed, and "rows", the baselines of every dense shape.
+    """
+    dense = [shape for shape in shapes if shape.op == DENSE]
+
+    def failed(reason: str) -> dict[str, Any]:
+        return {"torch": {}, "rows": {shape: {"cublaslt_failed": reason} for shape in dense}}
+
     if importlib.util.find_spec("torch") is None:
-        reason = {"cublaslt_failed": "torch is not installed"}
-        return {"torch": {}, "rows": [reason] * len(shapes)}
-    request = {"shapes": shapes, "iterations": args.iterations, "dirty_l2": args.dirty_l2}
+        return failed("torch is not installed")
+    request = {
+        "shapes": [(shape.m, shape.n, shape.k) for shape in dense],
+        "iterations": args.iterations,
+        "dirty_l2": args.dirty_l2,
+    }
     command = [sys.executable, str(torch_baseline.__file__), json.dumps(request)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = {"cublaslt_failed": result.stderr.strip()[-2000:]}
-        return {"torch": {}, "rows": [reason] * len(shapes)}
+        return failed(result.stderr.strip()[-2000:])
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
+    return answer | {"rows": dict(zip(dense, answer["rows"], strict=True))}
 
 
 def _write(document: dict[str, Any], output: Path) -> None:

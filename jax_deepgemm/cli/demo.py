@@ -1,4 +1,4 @@
-"""Multiply DeepSeek-V3's dense shapes through jax.jit, check every result and time it.
+"""Multiply DeepSeek-V3's dense and grouped shapes through jax.jit, check and time every result.
 
 On an sm_90 GPU: the full shapes, timed by kernel. Elsewhere: reduced shapes through the CPU
 lowering, and the GPU kernels of the full shapes compiled for sm_90a.
@@ -13,10 +13,11 @@ import jax
 import jax_deepgemm
 from jax_deepgemm.arguments import H100_SMS
 from jax_deepgemm.cli import machine, precompile, tables
-from jax_deepgemm.cli.harness import Candidate, Row, dense_row, is_good, measure, time_fields
+from jax_deepgemm.cli.harness import Candidate, Row, is_good, measure, shape_row, time_fields
 from jax_deepgemm.cli.problem import (
     MAX_ERROR,
     ORACLE,
+    operation,
     product_error,
     random_problem,
     random_problems,
@@ -24,8 +25,8 @@ from jax_deepgemm.cli.problem import (
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, Shape
 from jax_deepgemm.cli.timing import Call, Flush, wall_times_us
 
-# What the reduced shapes are divided by. It keeps n a multiple of 8 and k of 16, and gives k and n
-# that are no multiples of 128.
+# What the reduced shapes are divided by. It keeps n a multiple of 8 and k of 16, keeps contiguous
+# groups aligned, and gives k and n that are no multiples of 128.
 REDUCTION = 8
 GPU_ITERATIONS = 20
 CPU_ITERATIONS = 3
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _on_gpu(gpu: jax.Device, seed: int) -> list[Row]:
     num_sms = jax_deepgemm.get_num_sms()
     candidates = [
-        Candidate(problem, jax_deepgemm.select_config(*problem.shape, num_sms=num_sms))
+        Candidate(problem, jax_deepgemm.select_config(**problem.shape.selection, num_sms=num_sms))
         for problem in random_problems(NAMED_SHAPES["seed"], seed)
     ]
     return measure(candidates, Flush(gpu, dirty_l2=False), GPU_ITERATIONS)
@@ -69,13 +70,13 @@ def _on_cpu(seed: int) -> list[Row]:
         for i, full in enumerate(bar.track(NAMED_SHAPES["seed"], description="CPU lowering")):
             shape = reduced(full)
             problem = random_problem(shape, seed + i)
-            call = Call(jax_deepgemm.gemm_fp8_fp8_bf16_nt, problem.lhs, problem.rhs)
-            row = dense_row(shape, None) | {"error": product_error(call(), problem)}
+            call = Call(operation(shape), *problem.operands)
+            row = shape_row(shape, None) | {"error": product_error(call(), problem)}
             rows.append(row | time_fields(shape, wall_times_us(call, CPU_ITERATIONS)))
     return rows
 
 
 def reduced(shape: Shape) -> Shape:
     """A shape with the same n : k that a CPU multiplies in a moment; decode keeps its m."""
-    m, n, k = shape
-    return Shape(m if m <= 128 else m // REDUCTION, n // REDUCTION, k // REDUCTION)
+    m, n, k = shape.m_per_group, shape.n // REDUCTION, shape.k // REDUCTION
+    return shape._replace(m_per_group=m if m <= 128 else m // REDUCTION, n=n, k=k)

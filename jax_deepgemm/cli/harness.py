@@ -1,7 +1,6 @@
 """Result rows: build calls for (problem, config) pairs, check them, time them in one trace."""
 
 import dataclasses
-import functools
 import math
 import os
 import statistics
@@ -11,10 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_deepgemm import GemmConfig, gemm_fp8_fp8_bf16_nt
+from jax_deepgemm import GemmConfig
 from jax_deepgemm.cli import tables
-from jax_deepgemm.cli.problem import MAX_ERROR, Problem, dequantize_dot, product_error
-from jax_deepgemm.cli.shapes import Shape
+from jax_deepgemm.cli.problem import (
+    MAX_ERROR,
+    Problem,
+    dequantize_dot,
+    operation,
+    product_error,
+)
+from jax_deepgemm.cli.shapes import DENSE, Shape
 from jax_deepgemm.cli.timing import Call, Flush, kernel_times_us
 
 # Every kernel of this package is named so.
@@ -31,16 +36,9 @@ class Candidate(NamedTuple):
     config: GemmConfig
 
 
-def dense_row(shape: Shape, config: GemmConfig | None) -> Row:
+def shape_row(shape: Shape, config: GemmConfig | None) -> Row:
     """The part of a row that identifies it; config None means that no kernel is involved."""
-    return {
-        "op": "dense",
-        "groups": 1,
-        "m_per_group": shape.m,
-        "n": shape.n,
-        "k": shape.k,
-        "config": dataclasses.asdict(config) if config else {},
-    }
+    return shape._asdict() | {"config": dataclasses.asdict(config) if config else {}}
 
 
 def time_fields(shape: Shape, times_us: Sequence[float]) -> Row:
@@ -68,20 +66,23 @@ def measure(
         candidates: what to run.
         flush: run before each timed call.
         iterations: timed calls of each candidate.
-        xla_baseline: also time dequantising and XLA's dot, in the same trace.
+        xla_baseline: also time dequantising and XLA's dot of dense problems, in the same trace.
 
     Returns:
         A row for each candidate; one that raised has "failed", with the message, and no time.
     """
-    rows = [dense_row(problem.shape, config) for problem, config in candidates]
+    rows = [shape_row(problem.shape, config) for problem, config in candidates]
     with tables.progress_bar() as bar:
         task = bar.add_task("compiling", total=len(rows))
 
         def build(candidate: Candidate) -> Call | Exception:
             problem, config = candidate
-            gemm = functools.partial(gemm_fp8_fp8_bf16_nt, config=config)
             try:
-                return Call(gemm, problem.lhs, problem.rhs, kernel_prefix=KERNEL_PREFIX)
+                return Call(
+                    operation(problem.shape, config),
+                    *problem.operands,
+                    kernel_prefix=KERNEL_PREFIX,
+                )
             except (RuntimeError, ValueError) as error:
                 return error
             finally:
@@ -106,20 +107,24 @@ def measure(
                 row["failed"] = str(failure)
             bar.advance(task)
 
-        if xla_baseline:
-            task = bar.add_task("XLA's own dot", total=len(candidates))
-            for problem, _ in candidates:
-                calls.append(Call(dequantize_dot, problem.lhs, problem.rhs))
-                calls[-1]().block_until_ready()
-                bar.advance(task)
+        plain = [
+            (row, problem)
+            for (problem, _), row in zip(candidates, rows, strict=True)
+            if xla_baseline and problem.shape.op == DENSE
+        ]
+        task = bar.add_task("XLA's own dot", total=len(plain), visible=bool(plain))
+        for _, problem in plain:
+            calls.append(Call(dequantize_dot, problem.lhs, problem.rhs))
+            calls[-1]().block_until_ready()
+            bar.advance(task)
 
         task = bar.add_task("timing", total=len(calls))
         times = kernel_times_us(calls, flush, iterations, lambda: bar.advance(task))
 
-    for (row, shape), times_us in zip(timed, times[: len(timed)], strict=True):
-        row |= time_fields(shape, times_us)
-    if xla_baseline:
-        for row, times_us in zip(rows, times[len(timed) :], strict=True):
-            median_us = round(statistics.median(times_us), 3)
-            row["baselines"] = {"xla_dequantize_dot_us": median_us}
+    for (row, shape), (kernel_us, op_us) in zip(timed, times[: len(timed)], strict=True):
+        row |= time_fields(shape, kernel_us)
+        if shape.op != DENSE:
+            row["op_us"] = round(statistics.median(op_us), 3)
+    for (row, _), (kernel_us, _) in zip(plain, times[len(timed) :], strict=True):
+        row["baselines"] = {"xla_dequantize_dot_us": round(statistics.median(kernel_us), 3)}
     return rows

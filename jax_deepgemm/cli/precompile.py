@@ -13,8 +13,9 @@ from jax_deepgemm.cli import tables
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, SHAPES_HELP, Shape, parse_count, parse_shapes
 from jax_deepgemm.ffi import KernelReport, compile_kernel
 
-# What a kernel is compiled for, apart from the SM count: n, k and the config, for any m.
-Kernel = tuple[int, int, GemmConfig]
+# What a kernel is compiled for, apart from the SM count: op, n, k and the config, for any m and
+# number of groups.
+Kernel = tuple[str, int, int, GemmConfig]
 
 
 def add_shapes_argument(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,13 @@ def selected_kernels(shapes: Iterable[Shape], num_sms: int) -> list[Kernel]:
     """Kernels that selection picks for the shapes, each once."""
     return list(
         dict.fromkeys(
-            (n, k, jax_deepgemm.select_config(m, n, k, num_sms=num_sms)) for m, n, k in shapes
+            (
+                shape.op,
+                shape.n,
+                shape.k,
+                jax_deepgemm.select_config(**shape.selection, num_sms=num_sms),
+            )
+            for shape in shapes
         )
     )
 
@@ -63,7 +70,8 @@ def compile_kernels(
     ):
         task = bar.add_task("compiling kernels", total=len(kernels))
         futures = {
-            pool.submit(compile_kernel, *kernel, num_sms=num_sms): kernel for kernel in kernels
+            pool.submit(compile_kernel, n, k, config, op=op, num_sms=num_sms): (op, n, k, config)
+            for op, n, k, config in kernels
         }
         for future in as_completed(futures):
             try:

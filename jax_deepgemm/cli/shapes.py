@@ -1,23 +1,57 @@
-"""Argument types: problem shapes, in `MxNxK` notation or named sets, and counts."""
+"""Argument types: problem shapes, as text or named sets, and counts."""
 
 import argparse
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jax_deepgemm import get_m_alignment_for_contiguous_layout
+from jax_deepgemm.config import OPS
 
 MAX_SIZE = 2**31 - 65537  # of m, n and k: tile arithmetic is in 32 bits
 MAX_COUNT = 2**31 - 1
 
+DENSE, CONTIGUOUS, MASKED, RAGGED = OPS
+
 
 class Shape(NamedTuple):
-    """A dense problem, D[m, n] = A[m, k] B[n, k]^T."""
+    """A problem whose groups are all full and of one size; its fields identify a result row.
 
-    m: int
+    Every group g is a product D_g[m_per_group, n] = A_g[m_per_group, k] B_g[n, k]^T.
+    """
+
+    op: str  # one of OPS
+    groups: int  # 1 if dense
+    m_per_group: int
     n: int
     k: int
 
+    @classmethod
+    def dense(cls, m: int, n: int, k: int) -> "Shape":
+        """D[m, n] = A[m, k] B[n, k]^T."""
+        return cls(DENSE, 1, m, n, k)
+
     def __str__(self) -> str:
         """The notation of the command line."""
-        return f"{self.m}x{self.n}x{self.k}"
+        sizes = f"{self.m_per_group}x{self.n}x{self.k}"
+        return sizes if self.op == DENSE else f"{self.op}:{self.groups}x{sizes}"
+
+    @property
+    def m(self) -> int:
+        """Rows of all groups."""
+        return self.groups * self.m_per_group
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What `select_config` and `legal_configs` want to know, apart from the SM count."""
+        expected_m = self.m_per_group if self.op == MASKED else None
+        return {
+            "m": self.m,
+            "n": self.n,
+            "k": self.k,
+            "op": self.op,
+            "num_groups": self.groups,
+            "expected_m": expected_m,
+        }
 
     @property
     def flops(self) -> int:
@@ -25,14 +59,19 @@ class Shape(NamedTuple):
         return 2 * self.m * self.n * self.k
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that must move: fp8 operands and float32 scales read once, bf16 D written once."""
+    def operand_bytes(self) -> int:
+        """Bytes of fp8 operands and float32 scales; every group has weights of its own."""
         k_blocks, n_blocks = -(-self.k // 128), -(-self.n // 128)
-        scales = 4 * k_blocks * (self.m + n_blocks)
-        return self.m * self.k + self.n * self.k + scales + 2 * self.m * self.n
+        scales = 4 * k_blocks * (self.m + self.groups * n_blocks)
+        return (self.m + self.groups * self.n) * self.k + scales
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that must move: operands read once, bf16 D written once."""
+        return self.operand_bytes + 2 * self.m * self.n
 
 
-# (n, k) of DeepSeek-V3's dense layers, in the order of DeepGEMM's table.
+# (n, k) of DeepSeek-V3's dense layers and of its experts, in the order of DeepGEMM's tables.
 DENSE_WEIGHTS = (
     (2112, 7168),
     (24576, 1536),
@@ -41,42 +80,72 @@ DENSE_WEIGHTS = (
     (4096, 7168),
     (7168, 2048),
 )
+EXPERT_WEIGHTS = ((4096, 7168), (7168, 2048))
 
 
 def _dense(*tokens: int) -> tuple[Shape, ...]:
-    return tuple(Shape(m, n, k) for m in tokens for n, k in DENSE_WEIGHTS)
+    return tuple(Shape.dense(m, n, k) for m in tokens for n, k in DENSE_WEIGHTS)
 
 
-NAMED_SHAPES = {"seed": _dense(64, 128, 4096), "decode": _dense(1, 8, 16, 32)}
+def _grouped(op: str, *groups: tuple[int, int]) -> tuple[Shape, ...]:
+    """Shapes of (number of groups, rows of each)."""
+    return tuple(Shape(op, g, m, n, k) for g, m in groups for n, k in EXPERT_WEIGHTS)
+
+
+_DENSE = _dense(64, 128, 4096)
+_GROUPED = _grouped(CONTIGUOUS, (4, 8192), (8, 4096)) + _grouped(
+    MASKED, (1, 1024), (2, 512), (4, 256)
+)
+NAMED_SHAPES = {
+    "seed": _DENSE + _GROUPED,
+    "dense": _DENSE,
+    "grouped": _GROUPED,
+    "decode": _dense(1, 8, 16, 32),
+    "ragged": _grouped(
+        RAGGED, (4, 8192), (8, 4096), (8, 64), (32, 64), (256, 10), (384, 8), (512, 8)
+    ),
+}
 
 SHAPES_HELP = (
-    "MxNxK, separated by commas or spaces, or a named set: "
-    "seed (DeepSeek-V3's dense shapes, m = 64, 128, 4096) or decode (the same, m = 1, 8, 16, 32)"
+    "MxNxK (dense) or OP:GxMxNxK (OP contiguous, masked or ragged, G groups of M rows), separated "
+    "by commas or spaces, or a named set: seed (the next two), dense (DeepSeek-V3's dense shapes, "
+    "m = 64, 128, 4096), grouped (its experts, contiguous and masked), ragged (up to 512 experts), "
+    "decode (as dense, m = 1, 8, 16, 32)"
 )
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Parses `64x2112x7168,seed` and the like; an argparse `type`."""
+    """Parses `64x2112x7168,ragged:256x10x4096x7168,decode` and the like; an argparse `type`."""
     shapes: list[Shape] = []
     for word in filter(None, re.split(r"[,\s]+", text)):
-        if word in NAMED_SHAPES:
-            shapes += NAMED_SHAPES[word]
-            continue
-        if not re.fullmatch(r"\d+x\d+x\d+", word):
-            raise argparse.ArgumentTypeError(
-                f"{word!r} is neither MxNxK (like 64x7168x2048) nor one of "
-                f"{', '.join(NAMED_SHAPES)}"
-            )
-        shape = Shape(*map(int, word.split("x")))
-        if min(shape) < 1 or max(shape) > MAX_SIZE or shape.n % 8 or shape.k % 16:
-            raise argparse.ArgumentTypeError(
-                f"{word!r}: m must be at least 1, n a multiple of 8, k a multiple of 16, "
-                f"and none above {MAX_SIZE}"
-            )
-        shapes.append(shape)
+        shapes += NAMED_SHAPES[word] if word in NAMED_SHAPES else [_parse_shape(word)]
     if not shapes:
         raise argparse.ArgumentTypeError("expected at least one shape")
     return tuple(dict.fromkeys(shapes))
+
+
+def _parse_shape(word: str) -> Shape:
+    grouped = "|".join((CONTIGUOUS, MASKED, RAGGED))
+    match = re.fullmatch(rf"(?:({grouped}):(\d+)x)?(\d+)x(\d+)x(\d+)", word)
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is neither MxNxK (like 64x7168x2048) nor OP:GxMxNxK "
+            f"(like masked:4x256x7168x2048) nor one of {', '.join(NAMED_SHAPES)}"
+        )
+    op, groups, m, n, k = match.groups()
+    shape = Shape(op or DENSE, int(groups or 1), int(m), int(n), int(k))
+    sizes = (shape.groups, shape.m_per_group, shape.n, shape.k)
+    if min(sizes) < 1 or max(*sizes, shape.m) > MAX_SIZE or shape.n % 8 or shape.k % 16:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: groups and m must be at least 1, n a multiple of 8, k a multiple of 16, "
+            f"and neither these nor the rows of all groups above {MAX_SIZE}"
+        )
+    alignment = get_m_alignment_for_contiguous_layout()
+    if shape.op == CONTIGUOUS and shape.m_per_group % alignment:
+        raise argparse.ArgumentTypeError(
+            f"{word!r}: the groups of a contiguous layout are aligned to {alignment} rows"
+        )
+    return shape
 
 
 def parse_count(text: str) -> int:

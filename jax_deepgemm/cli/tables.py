@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jax_deepgemm import GemmConfig
+from jax_deepgemm.cli.compare import KEY_FIELDS
 from jax_deepgemm.cli.problem import MAX_ERROR
 from jax_deepgemm.ffi import KernelReport
 
@@ -34,18 +35,29 @@ def tile_text(config: GemmConfig) -> str:
     return f"{config.block_m}x{config.block_n}, {config.math_warpgroups} wg{suffix}"
 
 
+def shape_headings(table: Table) -> None:
+    """Adds the columns that `shape_cells` fills."""
+    table.add_column("op")
+    for heading in ("groups", "m", "n", "k"):
+        table.add_column(heading, justify="right")
+
+
+def shape_cells(row: dict[str, Any]) -> list[str]:
+    """What a row measures; m is that of each group."""
+    return [str(row[field]) for field in KEY_FIELDS]
+
+
 def results_table(rows: Sequence[dict[str, Any]], lowering: str, time_heading: str) -> Table:
     """One line per result row (see `jax_deepgemm.cli.bench`); an empty config shows as a dash."""
-    table = Table(title=f"gemm_fp8_fp8_bf16_nt: {lowering}")
-    for heading in ("m", "n", "k"):
-        table.add_column(heading, justify="right")
+    table = Table(title=f"FP8 GEMMs: {lowering}")
+    shape_headings(table)
     table.add_column("lowering")
     table.add_column("tile", no_wrap=True)
     for heading in ("stages", time_heading, "TFLOP/s", "GB/s", "error"):
         table.add_column(heading, justify="right")
     for row in rows:
         config = GemmConfig(**row["config"]) if row["config"] else None
-        shape = [str(row[key]) for key in ("m_per_group", "n", "k")]
+        shape = shape_cells(row)
         platform = lowering.split(":")[0]
         plan = [tile_text(config), str(config.num_stages)] if config else ["-", "-"]
         if "failed" in row:
@@ -64,9 +76,10 @@ def results_table(rows: Sequence[dict[str, Any]], lowering: str, time_heading: s
     return table
 
 
-def kernels_table(reports: Sequence[tuple[int, int, GemmConfig, KernelReport]]) -> Table:
-    """Resources of compiled kernels: (n, k, config, report) each."""
+def kernels_table(reports: Sequence[tuple[str, int, int, GemmConfig, KernelReport]]) -> Table:
+    """Resources of compiled kernels: (op, n, k, config, report) each."""
     table = Table(title="kernels for sm_90a")
+    table.add_column("op")
     table.add_column("n", justify="right")
     table.add_column("k", justify="right")
     table.add_column("tile", no_wrap=True)
@@ -76,8 +89,9 @@ def kernels_table(reports: Sequence[tuple[int, int, GemmConfig, KernelReport]]) 
     table.add_column("wgmma")
     table.add_column("seconds", justify="right")
     table.add_column("from")
-    for n, k, config, report in reports:
+    for op, n, k, config, report in reports:
         table.add_row(
+            op,
             str(n),
             str(k),
             tile_text(config),
@@ -96,24 +110,26 @@ def baselines_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Times of the baselines beside ours; a failure shows its reason."""
     names = sorted({name for row in rows for name in row["baselines"]})
     table = Table(title="baselines, us")
-    for heading in ("m", "n", "k", "ours", *(name.removesuffix("_us") for name in names)):
+    shape_headings(table)
+    for heading in ("ours", *(name.removesuffix("_us") for name in names)):
         table.add_column(heading, justify="right")
     for row in rows:
         ours = f"{row['time_us']:.2f}" if "time_us" in row else "failed"
         values = (str(row["baselines"].get(name, "")).strip() for name in names)
         last_lines = (value.splitlines()[-1] if value else "" for value in values)
-        table.add_row(str(row["m_per_group"]), str(row["n"]), str(row["k"]), ours, *last_lines)
+        table.add_row(*shape_cells(row), ours, *last_lines)
     return table
 
 
 def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Per shape: how many configs ran, and what selection loses to the best of them."""
     table = Table(title="sweep: selected against best config")
-    for heading in ("m", "n", "k", "ran", "failed", "selected us", "best us", "regret", "best"):
+    shape_headings(table)
+    for heading in ("ran", "failed", "selected us", "best us", "regret", "best"):
         table.add_column(heading, justify="right")
     for row in rows:
         timed = [each for each in row["sweep"] if "failed" not in each]
-        shape = [str(row[key]) for key in ("m_per_group", "n", "k")]
+        shape = shape_cells(row)
         counts = [str(len(timed)), str(len(row["sweep"]) - len(timed))]
         if "regret" not in row:
             table.add_row(*shape, *counts)

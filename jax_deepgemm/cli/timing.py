@@ -19,6 +19,9 @@ GIGABYTE = 10**9
 DEVICE_PLANE = "/device:GPU"
 STREAM_LINE = "Stream #"
 
+# Kernels that XLA launches as one CUDA graph could not be told apart in a trace.
+NO_CUDA_GRAPHS: dict[str, str | bool] = {"xla_gpu_graph_min_graph_size": str(2**30)}
+
 _call_numbers = itertools.count()
 
 
@@ -33,7 +36,7 @@ class Call:
         Args:
             function: jittable.
             *operands: what it is called with.
-            kernel_prefix: only kernels whose name starts so are timed.
+            kernel_prefix: what the names of the kernels of interest begin with.
         """
 
         def call(*operands: Any) -> jax.Array:
@@ -43,7 +46,7 @@ class Call:
         self.module = f"jit_{call.__name__}"
         self.kernel_prefix = kernel_prefix
         self._operands = operands
-        self._compiled = jax.jit(call).lower(*operands).compile()
+        self._compiled = jax.jit(call).lower(*operands).compile(NO_CUDA_GRAPHS)
 
     def __call__(self) -> jax.Array:
         """Dispatches the call; the result may not be ready."""
@@ -58,6 +61,13 @@ class KernelEvent(NamedTuple):
     module: str  # HLO module that launched it
     start_ns: float
     duration_ns: float
+
+
+class CallTimes(NamedTuple):
+    """Times of the repetitions of a call, in microseconds."""
+
+    kernel_us: list[float]  # of the kernels of interest
+    op_us: list[float]  # of all kernels, also those in which XLA prepares operands
 
 
 class Flush:
@@ -100,8 +110,8 @@ def kernel_times_us(
     flush: Callable[[], None],
     iterations: int,
     advance: Callable[[], None] = lambda: None,
-) -> list[list[float]]:
-    """Kernel time of every call, in one profiler trace.
+) -> list[CallTimes]:
+    """Kernel times of every call, in one profiler trace.
 
     Args:
         calls: compiled calls that have run before and are idle.
@@ -110,7 +120,7 @@ def kernel_times_us(
         advance: called after the repetitions of each call.
 
     Returns:
-        For each call its `iterations` times in microseconds.
+        For each call the times of its `iterations` repetitions.
     """
     flush()  # compiles it
     with _profiled() as profiles:
@@ -121,7 +131,13 @@ def kernel_times_us(
             result.block_until_ready()
             advance()
     events = kernel_events(profiles[0])
-    return [call_times_us(events, call, iterations) for call in calls]
+    return [
+        CallTimes(
+            call_times_us(events, call.module, iterations, call.kernel_prefix),
+            call_times_us(events, call.module, iterations),
+        )
+        for call in calls
+    ]
 
 
 @contextlib.contextmanager
@@ -159,18 +175,23 @@ def kernel_events(profile: ProfileData) -> list[KernelEvent]:
     return sorted(events, key=lambda event: event.start_ns)
 
 
-def call_times_us(events: Sequence[KernelEvent], call: Call, repetitions: int) -> list[float]:
-    """Time of each repetition of one call: the sum over its kernels, gaps left out."""
-    mine = [
-        event
-        for event in events
-        if event.module == call.module and event.name.startswith(call.kernel_prefix)
-    ]
+def call_times_us(
+    events: Sequence[KernelEvent], module: str, repetitions: int, prefix: str = ""
+) -> list[float]:
+    """Time of each repetition of a call: the sum over its kernels, gaps left out.
+
+    Args:
+        events: of the whole trace, in order.
+        module: the call's HLO module.
+        repetitions: of the call in the trace.
+        prefix: only kernels whose name begins so count.
+    """
+    mine = [event for event in events if event.module == module and event.name.startswith(prefix)]
     per_call, rest = divmod(len(mine), repetitions)
     if not per_call or rest:
         seen = sorted({f"{event.module}:{event.name}" for event in events})
         raise RuntimeError(
-            f"the trace has {len(mine)} kernels {call.kernel_prefix}* of {call.module} for "
+            f"the trace has {len(mine)} kernels {prefix}* of {module} for "
             f"{repetitions} calls; it holds {len(events)} kernels: {', '.join(seen[:20])}"
         )
     return [

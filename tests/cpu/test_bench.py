@@ -11,23 +11,31 @@ import pathlib
 import statistics
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import bench, harness, machine, main, tables, timing
+from jax_deepgemm.cli import bench, harness, machine, main, moe, tables, timing
 from jax_deepgemm.cli.compare import geometric_mean, matching_times, row_time_us, yardstick
 from jax_deepgemm.cli.harness import Candidate, measure
-from jax_deepgemm.cli.problem import dequantize_dot, product_error, random_problem
+from jax_deepgemm.cli.markdown import markdown
+from jax_deepgemm.cli.problem import (
+    dequantize_dot,
+    grouped_error,
+    product_error,
+    random_problem,
+)
 from jax_deepgemm.cli.shapes import Shape
 from jax_deepgemm.cli.timing import Call, call_times_us, host_call_us, kernel_events
 
-SHAPE = Shape(64, 256, 384)
+SHAPE = Shape.dense(64, 256, 384)
+GROUPED = Shape("ragged", 3, 40, 256, 384)
 CONFIGS = [GemmConfig(64, block_n, 4) for block_n in (64, 128, 256)]
 WRONG, RAISING = CONFIGS[1], CONFIGS[2]
 
@@ -61,14 +69,6 @@ planes {
 """
 
 
-class FakeCall:
-    """The part of `Call` that picks kernels out of a trace."""
-
-    def __init__(self, module: str, kernel_prefix: str) -> None:
-        self.module = module
-        self.kernel_prefix = kernel_prefix
-
-
 class NoFlush:
     """A CPU has no L2 to flush."""
 
@@ -92,15 +92,31 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "DEVICE_PLANE", "/host:CPU")
     monkeypatch.setattr(timing, "STREAM_LINE", "")
     monkeypatch.setattr(harness, "KERNEL_PREFIX", "")
-    monkeypatch.setattr(harness, "gemm_fp8_fp8_bf16_nt", gemm)
+    monkeypatch.setattr(jax_deepgemm, "gemm_fp8_fp8_bf16_nt", gemm)
     # dequantize_dot rounds its operands to bf16.
     monkeypatch.setattr(harness, "MAX_ERROR", 1e-4)
     monkeypatch.setattr(bench, "Flush", NoFlush)
     monkeypatch.setattr(machine, "hopper_gpu", lambda: jax.devices("cpu")[0])
     monkeypatch.setattr(jax_deepgemm, "get_num_sms", lambda: 132)
-    monkeypatch.setattr(jax_deepgemm, "select_config", lambda *shape, num_sms: CONFIGS[0])
-    monkeypatch.setattr(jax_deepgemm, "legal_configs", lambda *shape, num_sms: CONFIGS)
+    monkeypatch.setattr(jax_deepgemm, "select_config", lambda **problem: CONFIGS[0])
+    monkeypatch.setattr(jax_deepgemm, "legal_configs", lambda **problem: CONFIGS)
     monkeypatch.setattr(tables, "console", tables.Console(width=200))
+
+
+@pytest.fixture
+def small_moe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that a CPU multiplies in a moment, and one configuration of JAX's kernel."""
+    monkeypatch.setattr(moe, "SKEWED_ROWS", 300)
+    monkeypatch.setattr(moe, "SMALL_GROUPS", 5)
+    monkeypatch.setattr(moe, "EXPERT_WEIGHTS", ((24, 144), (16, 128)))
+    monkeypatch.setattr(moe, "SCHEDULED_GROUPS", (8, 16))
+    monkeypatch.setattr(moe, "SCHEDULED_WEIGHTS", (24, 144))
+    monkeypatch.setattr(moe, "JAX_GROUP_ROWS", 40)
+    monkeypatch.setattr(moe, "JAX_WEIGHTS", (24, 144))
+
+
+# What a results file says about the machine.
+WHERE = {"gpu": "g", "driver": "d", "cuda": "c", "jax": "j", "date": "t", "command": "x"}
 
 
 def dense(m: int, **fields: Any) -> dict[str, Any]:
@@ -119,22 +135,30 @@ class TestProfile:
     @pytest.mark.parametrize("prefix, times", [("dg_", [2.5, 3.5]), ("", [3.1, 4.3])])
     def test_times_of_a_call(self, prefix: str, times: list[float]) -> None:
         events = kernel_events(ProfileData.from_text_proto(GPU_PROFILE))
-        call: Any = FakeCall("jit_gemm", prefix)
-        assert call_times_us(events, call, 2) == pytest.approx(times)
+        assert call_times_us(events, "jit_gemm", 2, prefix) == pytest.approx(times)
 
     @pytest.mark.parametrize("module, repetitions", [("jit_gemm", 3), ("jit_other", 2)])
     def test_kernels_that_do_not_add_up_raise(self, module: str, repetitions: int) -> None:
         events = kernel_events(ProfileData.from_text_proto(GPU_PROFILE))
-        call: Any = FakeCall(module, "dg_")
         with pytest.raises(RuntimeError, match=f"kernels dg_\\* of {module}.*jit_gemm:dg_gemm"):
-            call_times_us(events, call, repetitions)
+            call_times_us(events, module, repetitions, "dg_")
 
     @pytest.mark.usefixtures("cpu_as_gpu")
     def test_each_call_finds_its_own_kernels(self) -> None:
         small, large = (Call(jnp.matmul, x, x) for x in (jnp.ones((8, 8)), jnp.ones((900, 900))))
         times = timing.kernel_times_us([large, small, large], lambda: None, 5)
-        assert [len(each) for each in times] == [5, 5, 5]
-        assert statistics.median(times[0]) > statistics.median(times[1]) > 0
+        assert [len(each.kernel_us) for each in times] == [5, 5, 5]
+        assert statistics.median(times[0].kernel_us) > statistics.median(times[1].kernel_us) > 0
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_kernels_of_interest_and_all(self) -> None:
+        def two_kernels(x: jax.Array) -> jax.Array:
+            return jnp.sort(x @ x, axis=0)
+
+        x = jnp.ones((300, 300))
+        (both,) = timing.kernel_times_us([Call(two_kernels, x, kernel_prefix="sort")], list, 3)
+        for kernel_us, op_us in zip(*both, strict=True):
+            assert 0 < kernel_us < op_us
 
 
 class TestFlush:
@@ -163,7 +187,7 @@ class TestMeasure:
         assert right["error"] < 1e-4 < wrong["error"]
         assert harness.is_good(right) and not harness.is_good(wrong)
 
-        assert (right["m_per_group"], right["n"], right["k"]) == SHAPE
+        assert bench.row_shape(right) == SHAPE and "op_us" not in right
         assert right["config"]["block_n"] == 64 and wrong["config"]["block_n"] == 128
         low, high = right["spread_us"]
         assert 0 < low <= right["time_us"] <= high
@@ -173,8 +197,19 @@ class TestMeasure:
         for row in (raising, right, wrong):
             assert row["baselines"]["xla_dequantize_dot_us"] > 0
 
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    @pytest.mark.parametrize("op", ["contiguous", "masked", "ragged"])
+    def test_rows_of_groups(self, op: str) -> None:
+        shape = Shape(op, groups=2, m_per_group=128, n=264, k=272)
+        candidates = [Candidate(random_problem(shape, 0), CONFIGS[0])]
+        (row,) = measure(candidates, NoFlush(), 3, xla_baseline=True)  # type: ignore[arg-type]
+        assert bench.row_shape(row) == shape
+        assert harness.is_good(row) and row["error"] < 5e-6
+        assert row["op_us"] >= row["time_us"] > 0
+        assert "baselines" not in row, "XLA's dot is timed for dense shapes"
+
     def test_baseline_computes_the_product(self) -> None:
-        problem = random_problem(Shape(64, 264, 400), 0)
+        problem = random_problem(Shape.dense(64, 264, 400), 0)
         d = dequantize_dot(problem.lhs, problem.rhs)
         assert product_error(d, problem) < 1e-4
 
@@ -212,6 +247,40 @@ class TestCommand:
         assert main(arguments) == 0
         assert "1.000" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("cpu_as_gpu", "small_moe")
+    def test_groups_and_moe(
+        self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        peer = GROUPED._asdict() | {"deepgemm_us": 1.0}
+        peers = {"gpu": "other", "date": "then", "rows": [peer]}
+        (tmp_path / "peers.json").write_text(json.dumps(peers))
+        output = tmp_path / "results.json"
+        status = main(
+            [
+                *("bench", "--shapes", f"{GROUPED},{SHAPE}", "--iterations", "2", "--moe"),
+                *("--output", str(output), "--baselines", "none"),
+                *("--compare", str(tmp_path / "peers.json")),
+            ]
+        )
+        assert status == 0
+        printed = capsys.readouterr().out
+        assert "uneven groups" in printed and "geometric mean" in printed
+        document = json.loads(output.read_text())
+        grouped, _ = document["rows"]
+        assert grouped["baselines"] == {"deepgemm_us": 1.0}
+        sizes = {part: len(entries) for part, entries in document["moe"].items()}
+        assert sizes == {"uneven": 4, "scheduler": 2, "jax": 1}
+
+        assert main(["bench", "--results", str(output), "--markdown"]) == 0
+        assert capsys.readouterr().out == markdown(document) + "\n"
+        assert main(["bench", "--results", str(output), "--compare", str(output)]) == 0
+        assert "uneven groups" in capsys.readouterr().out
+
+        document["moe"]["uneven"][0]["padded"] = {"failed": "it did not work"}
+        output.write_text(json.dumps(document))
+        assert main(["bench", "--results", str(output)]) == 1
+        assert "it did not work" in capsys.readouterr().out
+
     @pytest.mark.usefixtures("cpu_as_gpu")
     def test_sweep(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
         output = tmp_path / "sweep.json"
@@ -236,14 +305,29 @@ class TestCommand:
     ) -> None:
         arguments = argparse.Namespace(iterations=2, dirty_l2=False)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        answer = bench._torch_baselines([SHAPE, SHAPE], arguments)
-        assert answer["rows"] == [{"cublaslt_failed": "torch is not installed"}] * 2
+        answer = bench._torch_baselines([SHAPE, GROUPED], arguments)
+        assert answer["rows"] == {SHAPE: {"cublaslt_failed": "torch is not installed"}}
 
         (tmp_path / "crash.py").write_text("raise SystemExit('no CUDA here')")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
         monkeypatch.setattr(bench.torch_baseline, "__file__", str(tmp_path / "crash.py"))
         answer = bench._torch_baselines([SHAPE], arguments)
-        assert answer["rows"] == [{"cublaslt_failed": "no CUDA here"}]
+        assert answer["rows"] == {SHAPE: {"cublaslt_failed": "no CUDA here"}}
+
+    def test_torch_is_asked_for_dense_shapes(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    ) -> None:
+        code = (
+            "import json, sys\n"
+            "shapes = json.loads(sys.argv[1])['shapes']\n"
+            "print(json.dumps({'torch': {}, 'rows': [{'mnk': shape} for shape in shapes]}))"
+        )
+        (tmp_path / "answer.py").write_text(code)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
+        monkeypatch.setattr(bench.torch_baseline, "__file__", str(tmp_path / "answer.py"))
+        arguments = argparse.Namespace(iterations=2, dirty_l2=False)
+        answer = bench._torch_baselines([GROUPED, SHAPE], arguments)
+        assert answer["rows"] == {SHAPE: {"mnk": [64, 256, 384]}}
 
     def test_without_a_gpu(self) -> None:
         root = pathlib.Path(__file__).parents[2]
@@ -280,6 +364,8 @@ class TestCommand:
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
 
+    ENTRY_ALONE: ClassVar = {"uneven": [], "scheduler": [], "jax": [{"n": 8}]}
+
     # What load_results and load_peer refuse: fields of the document, fields of its row (None: to be
     # left out), and what is said.
     BROKEN = (
@@ -290,6 +376,8 @@ class TestCommand:
         ({}, {"config": None}, "without config", False),
         ({}, {"time_us": None, "error": None}, "without error, time_us", False),
         ({}, {"config": {"block_q": 64}}, "config: ", False),
+        ({"moe": {"jax": []}}, {}, "moe is not as `bench` writes it: without scheduler", False),
+        ({"moe": ENTRY_ALONE}, {}, "without groups, k, largest, ragged, rows", False),
     )
 
     @pytest.mark.parametrize("document_changes, row_changes, message, also_peer", BROKEN)
@@ -306,7 +394,7 @@ class TestCommand:
             return {key: value for key, value in (fields | changes).items() if value is not None}
 
         row = dense(64, time_us=1.0, tflops=1.0, gbs=1.0, error=0.0, config={}, baselines={})
-        document = {"gpu": "g", "date": "d", "host_call_us": {}, "rows": [row]}
+        document = WHERE | {"host_call_us": {}, "rows": [row]}
         path = tmp_path / "results.json"
         path.write_text(json.dumps(document))
         assert main(["bench", "--results", str(path), "--compare", str(path)]) == 0
@@ -329,7 +417,15 @@ class TestCommand:
         with pytest.raises(SystemExit) as stopped:
             main(["bench", option, str(tmp_path / "results.json")])
         assert stopped.value.code == 2
-        assert "is not as `bench` writes it: without date, gpu" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "is not as `bench` writes it: without " in said and "date, " in said
+
+    def test_batches_fit_into_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bench, "BATCH_BYTES", 2 * SHAPE.nbytes)
+        large = SHAPE._replace(m_per_group=4096)
+        shapes = [SHAPE, SHAPE, SHAPE, large, SHAPE]
+        assert bench.batches(shapes) == [[SHAPE, SHAPE], [SHAPE], [large], [SHAPE]]
+        assert bench.batches([]) == []
 
     def test_config(self) -> None:
         assert bench.parse_config("block_m=64, cluster_n=2") == {"block_m": 64, "cluster_n": 2}
@@ -339,6 +435,146 @@ class TestCommand:
     )
     def test_file_is_named_after_the_gpu(self, kind: str, stem: str) -> None:
         assert bench.gpu_file_stem(kind) == stem
+
+
+class TestMoe:
+    def test_draws_are_uneven_and_the_same_each_time(self) -> None:
+        skewed, small = moe.skewed_sizes(), moe.small_sizes()
+        assert skewed.sum() == 32768 and len(skewed) == 8
+        assert skewed.max() > 5 * skewed.min() and any(skewed % 128)
+        assert len(small) == 256 and 9 < small.mean() < 11 and small.min() < 5
+        assert list(moe.skewed_sizes()) == list(skewed) and list(moe.small_sizes()) == list(small)
+
+    @pytest.mark.parametrize("groups", moe.SCHEDULED_GROUPS)
+    def test_busy_groups_are_scattered(self, groups: int) -> None:
+        sizes = moe.scattered_sizes(groups)
+        assert len(sizes) == groups
+        assert list(sizes[sizes > 0]) == [64] * 8
+        assert sizes[-(groups // 8) :].any(), "as far as the end"
+
+    @pytest.mark.parametrize(
+        "sizes", [[5, 0, 200, 128], [0, 0, 1], [256, 129, 0], [3], [128, 128], [0, 300, 0]]
+    )
+    def test_padding_and_back_is_the_ragged_product(self, sizes: list[int]) -> None:
+        problem = moe.random_problem(np.array(sizes, np.int32), 72, 144, seed=0)
+        function, operands, _ = moe.ragged(problem)
+        d = moe.padded_gemm(*operands)
+        assert grouped_error(d, problem.lhs, problem.rhs, problem.sizes) < 5e-6
+        assert jnp.array_equal(d, function(*operands))
+
+    @pytest.mark.parametrize("sizes", [[128] * 4, [1] * 256, [129, 129], [0, 0], [127] * 3])
+    def test_padded_rows_are_enough(self, sizes: list[int]) -> None:
+        needed = sum(-(-size // 128) * 128 for size in sizes)
+        assert needed <= moe.padded_rows(sum(sizes), len(sizes)) < needed + 128 * len(sizes)
+
+    @pytest.mark.usefixtures("cpu_as_gpu", "small_moe")
+    def test_entries(self) -> None:
+        first, *_, last = moe.uneven(NoFlush(), 2, seed=0)  # type: ignore[arg-type]
+        assert (first["groups"], first["rows"]) == (8, 300) and first["padded_rows"] == 1280
+        assert (last["n"], last["k"]) == (16, 128) and last["groups"] == 5
+        for entry in (first, last):
+            for name in ("ragged", "padded"):
+                assert entry[name]["op_us"] >= entry[name]["time_us"] > 0
+                assert entry[name]["error"] < 5e-6
+        for entry in moe.scheduler(NoFlush(), 2, seed=0):  # type: ignore[arg-type]
+            assert entry["rows"] == 8 * 64 and entry["ragged"]["time_us"] > 0
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_contenders_that_raise_or_are_wrong(self) -> None:
+        def raising(*operands: Any) -> jax.Array:
+            raise NotImplementedError("not on this machine")
+
+        def wrong(*operands: Any) -> jax.Array:
+            return 1.5 * right.function(*operands)
+
+        problem = moe.random_problem(np.array([3, 4], np.int32), 16, 128, seed=0)
+        right = moe.ragged(problem)
+        contenders = {
+            "ragged": right,
+            "wrong": right._replace(function=wrong),
+            "raising": right._replace(function=raising),
+        }
+        entry = moe.measure_contenders(contenders, problem, NoFlush(), 2)  # type: ignore[arg-type]
+        assert entry["ragged"]["op_us"] > 0
+        assert entry["raising"] == {"failed": "NotImplementedError: not on this machine"}
+        assert entry["wrong"]["failed"].startswith("ValueError: wrong result: error ")
+        assert moe.is_good(entry)
+        assert not moe.is_good(entry | {"padded": entry["wrong"]})
+
+    @pytest.mark.usefixtures("cpu_as_gpu", "small_moe")
+    def test_best_config_of_pallas(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Module:
+            """Calls XLA's ragged dot; with tall blocks slower, with wide grids not at all."""
+
+            @staticmethod
+            def ragged_dot(
+                a: jax.Array, b: jax.Array, *, group_sizes: jax.Array, **config: Any
+            ) -> jax.Array:
+                if config["grid_block_n"] == 8:
+                    raise ValueError("too much shared memory")
+                if config["transpose_rhs"]:
+                    b = jnp.swapaxes(b, 1, 2)
+                work = 400 if config["block_m"] == 192 else 1
+                a = jax.lax.fori_loop(0, work, lambda _, x: jnp.sort(x, axis=1), a[:, ::-1]) * 0 + a
+                return jax.lax.ragged_dot(a, b, group_sizes)
+
+        monkeypatch.setattr(moe.importlib, "import_module", lambda name: Module)
+        (entry,) = moe.jax_tools(NoFlush(), 2, seed=0)  # type: ignore[arg-type]
+        assert list(entry)[-3:] == ["ragged", moe.LAX, moe.PALLAS]
+        for name in ("ragged", moe.LAX, moe.PALLAS):
+            assert entry[name]["op_us"] > 0
+        config = entry[moe.PALLAS]["config"]
+        assert (config["block_m"], config["grid_block_n"]) == (128, 1)
+
+    @pytest.mark.usefixtures("cpu_as_gpu", "small_moe")
+    def test_pallas_that_is_missing_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(moe, "PALLAS_MODULE", "no_such_module")
+        (entry,) = moe.jax_tools(NoFlush(), 2, seed=0)  # type: ignore[arg-type]
+        assert "No module named 'no_such_module'" in entry[moe.PALLAS]["failed"]
+        assert moe.is_good(entry)
+
+
+class TestMarkdown:
+    TIMES: ClassVar = {"time_us": 2.25, "tflops": 3.4, "gbs": 5.6, "error": 1e-6}
+
+    def lines(self, **document: Any) -> list[str]:
+        return markdown(WHERE | document).splitlines()
+
+    def test_dense_rows_alone(self) -> None:
+        rows = [dense(4, **self.TIMES, baselines={"peer_us": 7.0, "other_failed": "why"})]
+        assert self.lines(rows=rows) == [
+            "g, driver d, CUDA c, JAX j, t: `x`.",
+            "",
+            "| op | groups | m | n | k | time, us | TFLOP/s | GB/s | error | peer, us |",
+            "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| dense | 1 | 4 | 8 | 16 | 2.2 | 3 | 6 | 1.0e-06 | 7.0 |",
+        ]
+
+    def test_rows_of_all_kinds(self) -> None:
+        grouped = GROUPED._asdict() | self.TIMES | {"op_us": 3.0, "baselines": {}}
+        failed = dense(4, failed="why", baselines={"peer_us": 7.0})
+        rows = [dense(4, **self.TIMES, baselines={}), failed, grouped]
+        assert self.lines(rows=rows)[2:] == [
+            "| op | groups | m | n | k | time, us | whole op, us | TFLOP/s | GB/s | error "
+            "| peer, us |",
+            "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| dense | 1 | 4 | 8 | 16 | 2.2 | - | 3 | 6 | 1.0e-06 | - |",
+            "| dense | 1 | 4 | 8 | 16 | failed | - | - | - | - | 7.0 |",
+            "| ragged | 3 | 40 | 256 | 384 | 2.2 | 3.0 | 3 | 6 | 1.0e-06 | - |",
+            "",
+            "The whole op is all kernels of the call, those in which XLA prepares operands "
+            "included.",
+        ]
+
+    def test_moe(self) -> None:
+        entry = {"groups": 2, "rows": 9, "largest": 7, "n": 8, "k": 16}
+        entry |= {"ragged": {"time_us": 1.0, "op_us": 2.0}, "padded": {"failed": "why"}}
+        lines = self.lines(rows=[], moe={"uneven": [entry], "scheduler": [], "jax": []})
+        assert lines[-3:] == [
+            "| groups | rows | largest | n | k | ragged kernel, us | ragged, us | padded, us |",
+            "|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| 2 | 9 | 7 | 8 | 16 | 1.0 | 2.0 | - |",
+        ]
 
 
 class TestCompare:
@@ -372,7 +608,7 @@ class TestCompare:
         rows = [dense(m, time_us=1.0, tflops=1.0, gbs=1.0, error=0.0) for m in (1, 2)]
         for name, row in zip("ab", rows, strict=True):
             row |= {"config": {}, "baselines": {}}
-            document = {"gpu": "g", "date": "d", "host_call_us": {}, "rows": [row]}
+            document = WHERE | {"host_call_us": {}, "rows": [row]}
             (tmp_path / name).write_text(json.dumps(document))
         arguments = ["--results", str(tmp_path / "a"), "--compare", str(tmp_path / "b")]
         assert main(["bench", *arguments]) == 1

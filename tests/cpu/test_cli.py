@@ -1,26 +1,34 @@
 """The command line on a machine without a GPU: the main job, `info`, `compile`."""
 
 import argparse
+import functools
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_deepgemm
-from jax_deepgemm.cli import demo, main, precompile, tables
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.arguments import H100_SMS
+from jax_deepgemm.cli import demo, main, moe, precompile, tables
 from jax_deepgemm.cli.problem import (
     MAX_CHECKED_ROWS,
     MAX_ERROR,
+    grouped_error,
+    operation,
     product_error,
     random_problem,
 )
 from jax_deepgemm.cli.shapes import MAX_SIZE, NAMED_SHAPES, Shape, parse_count, parse_shapes
 
-SMALL = Shape(64, 256, 384)
+SMALL = Shape.dense(64, 256, 384)
 NO_NVRTC = "NVRTC not found: this test hides it"
 
 
@@ -43,7 +51,7 @@ def hide_nvrtc(arguments: str, tmp_path: pathlib.Path) -> subprocess.CompletedPr
         f"    raise RuntimeError({NO_NVRTC!r})\n"
         "_native.set_nvrtc_locator(locate)\n"
         "from jax_deepgemm.cli import main, shapes\n"
-        "shapes.NAMED_SHAPES['seed'] = (shapes.Shape(64, 256, 384), shapes.Shape(64, 256, 512))\n"
+        "shapes.NAMED_SHAPES['seed'] = shapes.parse_shapes('64x256x384,ragged:2x64x256x512')\n"
         f"sys.exit(main({arguments.split()!r}))"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "DG_CACHE_DIR": str(tmp_path)}
@@ -54,7 +62,7 @@ def hide_nvrtc(arguments: str, tmp_path: pathlib.Path) -> subprocess.CompletedPr
 
 @pytest.fixture
 def small_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NAMED_SHAPES, "seed", (SMALL, SMALL._replace(m=4096)))
+    monkeypatch.setitem(NAMED_SHAPES, "seed", (SMALL, SMALL._replace(m_per_group=4096)))
 
 
 class TestShapes:
@@ -62,15 +70,35 @@ class TestShapes:
         "text", ["64x256x384 1x8x16", "64x256x384,1x8x16", "64x256x384, 1x8x16"]
     )
     def test_commas_and_spaces_separate(self, text: str) -> None:
-        assert parse_shapes(text) == (SMALL, Shape(1, 8, 16))
+        assert parse_shapes(text) == (SMALL, Shape.dense(1, 8, 16))
 
     def test_named_sets(self) -> None:
-        assert len(parse_shapes("seed")) == 18
-        assert len(parse_shapes("decode")) == 24
+        sizes = {name: len(parse_shapes(name)) for name in NAMED_SHAPES}
+        assert sizes == {"seed": 28, "dense": 18, "grouped": 10, "decode": 24, "ragged": 14}
+        assert parse_shapes("dense,grouped") == NAMED_SHAPES["seed"]
+        contiguous = {shape for shape in NAMED_SHAPES["grouped"] if shape.op == "contiguous"}
+        assert {shape._replace(op="ragged") for shape in contiguous} < set(NAMED_SHAPES["ragged"])
         assert parse_shapes("seed,64x2112x7168") == NAMED_SHAPES["seed"], "each shape once"
 
+    @pytest.mark.parametrize("shape", sorted({*itertools.chain(*NAMED_SHAPES.values())}), ids=str)
+    def test_notation(self, shape: Shape) -> None:
+        assert parse_shapes(str(shape)) == (shape,)
+
+    def test_grouped_notation(self) -> None:
+        text = "contiguous:4x8192x4096x7168 masked:2x512x7168x2048 ragged:256x10x4096x7168"
+        assert parse_shapes(text) == (
+            Shape("contiguous", groups=4, m_per_group=8192, n=4096, k=7168),
+            Shape("masked", groups=2, m_per_group=512, n=7168, k=2048),
+            Shape("ragged", groups=256, m_per_group=10, n=4096, k=7168),
+        )
+
     @pytest.mark.parametrize(
-        "text", ["64x256", "64x256x384x1", "axbxc", "-1x256x384", "prefill", ""]
+        "text",
+        [
+            *("64x256", "64x256x384x1", "axbxc", "-1x256x384", "prefill", ""),
+            *("masked:64x256x384", "masked:2x64x256x384x1", "dense:1x64x256x384"),
+            *("grouped:2x64x256x384", "masked:-2x64x256x384", "masked:"),
+        ],
     )
     def test_malformed(self, text: str) -> None:
         with pytest.raises(argparse.ArgumentTypeError, match=r"MxNxK|at least one shape"):
@@ -82,17 +110,24 @@ class TestShapes:
             *("0x256x384", "64x255x384", "64x256x24", "64x0x384"),
             *("99999999999x512x256", "64x99999999992x256", f"64x512x{10**30}"),
             f"{MAX_SIZE + 1}x512x256",
+            *("ragged:0x64x256x384", "ragged:2x0x256x384", "masked:2x64x255x384"),
+            f"ragged:2x{MAX_SIZE // 2 + 1}x512x256",
         ],
     )
     def test_illegal(self, text: str) -> None:
         with pytest.raises(
             argparse.ArgumentTypeError,
-            match=f"n a multiple of 8, k a multiple of 16, and none above {MAX_SIZE}",
+            match="n a multiple of 8, k a multiple of 16, "
+            f"and neither these nor the rows of all groups above {MAX_SIZE}",
         ):
             parse_shapes(text)
 
+    def test_contiguous_groups_are_aligned(self) -> None:
+        with pytest.raises(argparse.ArgumentTypeError, match="layout are aligned to 128 rows"):
+            parse_shapes("contiguous:4x100x4096x7168")
+
     def test_largest_size_is_that_of_selection(self) -> None:
-        assert parse_shapes(f"{MAX_SIZE}x512x256") == (Shape(MAX_SIZE, 512, 256),)
+        assert parse_shapes(f"{MAX_SIZE}x512x256") == (Shape.dense(MAX_SIZE, 512, 256),)
         jax_deepgemm.select_config(MAX_SIZE, 512, 256)
         with pytest.raises(ValueError, match="select_config: m must be"):
             jax_deepgemm.select_config(MAX_SIZE + 1, 512, 256)
@@ -103,26 +138,57 @@ class TestShapes:
             parse_count(text)
 
     def test_flops_and_bytes(self) -> None:
-        shape = Shape(64, 2112, 7168)
+        shape = Shape.dense(64, 2112, 7168)
         assert shape.flops == 2 * 64 * 2112 * 7168
         # A, B, 64 x 56 and 17 x 56 float32 scales, bf16 D.
         assert shape.nbytes == 458_752 + 15_138_816 + 14_336 + 3_808 + 270_336
+
+    @pytest.mark.parametrize("op", ["masked", "ragged"])
+    def test_flops_and_bytes_of_groups(self, op: str) -> None:
+        one, groups = Shape.dense(64, 2112, 7168), Shape(op, 5, 64, 2112, 7168)
+        assert groups.m == 320
+        assert groups.flops == 5 * one.flops
+        assert groups.nbytes == 5 * one.nbytes, "every group reads its own weights"
 
     @pytest.mark.parametrize("shape", NAMED_SHAPES["seed"], ids=str)
     def test_reduced_shapes_are_legal(self, shape: Shape) -> None:
         reduced = demo.reduced(shape)
         assert parse_shapes(str(reduced)) == (reduced,)
         assert reduced.n * shape.k == reduced.k * shape.n
+        assert (reduced.op, reduced.groups) == (shape.op, shape.groups)
 
 
 class TestOracle:
     def test_product_passes_and_a_wrong_one_does_not(self) -> None:
         problem = random_problem(SMALL, seed=1)
-        d = jax_deepgemm.gemm_fp8_fp8_bf16_nt(problem.lhs, problem.rhs)
+        d = operation(SMALL)(*problem.operands)
         assert 0 < product_error(d, problem) < MAX_ERROR
         assert product_error(d.at[-1].multiply(1.5), problem) > MAX_ERROR
         other = random_problem(SMALL, seed=2)
         assert product_error(d, other) > 0.5
+
+    @pytest.mark.parametrize("op", ["contiguous", "masked", "ragged"])
+    def test_grouped_product_passes_and_a_wrong_one_does_not(self, op: str) -> None:
+        shape = Shape(op, groups=3, m_per_group=128, n=136, k=272)
+        problem = random_problem(shape, seed=1)
+        d = operation(shape)(*problem.operands)
+        assert 0 < product_error(d, problem) < MAX_ERROR
+        for row in (0, 127, 128, 383):
+            wrong = d.reshape(384, 136).at[row].multiply(1.5).reshape(d.shape)
+            assert product_error(wrong, problem) > MAX_ERROR
+        groups = d.reshape(3, 128, 136)
+        assert product_error(groups[::-1].reshape(d.shape), problem) > 0.5
+
+    def test_groups_of_any_sizes(self) -> None:
+        sizes = np.array([0, 5, 1, 0, 70, 0], np.int32)
+        problem = moe.random_problem(sizes, 136, 272, seed=1)
+        function, operands, _ = moe.ragged(problem)
+        d = function(*operands)
+        judge = functools.partial(grouped_error, lhs=problem.lhs, rhs=problem.rhs, sizes=sizes)
+        assert 0 < judge(d) < MAX_ERROR
+        for row in (0, 4, 5, 6, 75):
+            assert judge(d.at[row].multiply(1.5)) > MAX_ERROR
+        assert judge(jnp.roll(d, 1, axis=0)) > 0.5
 
     def test_nan_is_no_small_error(self) -> None:
         problem = random_problem(SMALL, seed=1)
@@ -131,8 +197,16 @@ class TestOracle:
 
     @pytest.mark.parametrize("row", [0, MAX_CHECKED_ROWS + 999])
     def test_first_and_last_row_of_many_are_compared(self, row: int) -> None:
-        problem = random_problem(Shape(MAX_CHECKED_ROWS + 1000, 8, 16), seed=1)
+        problem = random_problem(Shape.dense(MAX_CHECKED_ROWS + 1000, 8, 16), seed=1)
         d = jax_deepgemm.gemm_fp8_fp8_bf16_nt(problem.lhs, problem.rhs)
+        assert product_error(d, problem) < MAX_ERROR
+        assert product_error(d.at[row].add(100), problem) > MAX_ERROR
+
+    @pytest.mark.parametrize("row", [0, 2999, 3000, 5999])
+    def test_first_and_last_row_of_every_group_are_compared(self, row: int) -> None:
+        shape = Shape("ragged", groups=2, m_per_group=3000, n=8, k=16)
+        problem = random_problem(shape, seed=1)
+        d = operation(shape)(*problem.operands)
         assert product_error(d, problem) < MAX_ERROR
         assert product_error(d.at[row].add(100), problem) > MAX_ERROR
 
@@ -142,7 +216,9 @@ class TestMainJob:
         done = run_command(DG_CACHE_DIR=str(tmp_path))
         assert done.returncode == 0, done.stdout + done.stderr
         assert "need an sm_90 GPU" in done.stdout
-        assert "18 of 18 below 5e-06" in done.stdout
+        assert "28 of 28 below 5e-06" in done.stdout
+        for op in ("dense", "contiguous", "masked"):
+            assert f"│ {op} " in done.stdout
         assert "cpu: float32 reference" in done.stdout and "wall us" in done.stdout
         for heading in (
             "kernels for sm_90a",
@@ -152,8 +228,8 @@ class TestMainJob:
             "seconds",
         ):
             assert heading in done.stdout
-        kernels = {(n, k, jax_deepgemm.select_config(m, n, k)) for m, n, k in NAMED_SHAPES["seed"]}
-        assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels)
+        kernels = precompile.selected_kernels(NAMED_SHAPES["seed"], H100_SMS)
+        assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels) > 10
 
     @pytest.mark.usefixtures("small_seed")
     def test_wrong_result_fails(
@@ -164,8 +240,8 @@ class TestMainJob:
         assert main([]) == 0, capsys.readouterr().out
         assert "2 of 2 below" in capsys.readouterr().out
 
-        def wrong(*operands: tuple[jax.Array, jax.Array]) -> jax.Array:
-            d = right(*operands)
+        def wrong(*operands: tuple[jax.Array, jax.Array], **options: None) -> jax.Array:
+            d = right(*operands, **options)
             return d.at[0].multiply(1.5) if d.shape[0] > 64 else d
 
         monkeypatch.setattr(jax_deepgemm, "gemm_fp8_fp8_bf16_nt", wrong)
@@ -215,12 +291,13 @@ class TestInfo:
 
 class TestCompile:
     def test_fills_the_cache(self, tmp_path: pathlib.Path) -> None:
-        # 64x256x384 and 60x256x384 may share a kernel; 64x256x512 cannot.
-        arguments = ("compile", "--shapes", "64x256x384,60x256x384", "64x256x512", "--jobs", "2")
+        # 64x256x384 and 60x256x384 may share a kernel; another k or operation cannot.
+        shapes = ("64x256x384,60x256x384", "64x256x512", "ragged:2x32x256x384")
+        arguments = ("compile", "--shapes", *shapes, "--jobs", "2")
         first = run_command(*arguments, DG_CACHE_DIR=str(tmp_path))
         assert first.returncode == 0, first.stdout + first.stderr
         files = list(tmp_path.rglob("*.cubin"))
-        assert files and first.stdout.count("compiled") == len(files)
+        assert len(files) >= 3 and first.stdout.count("compiled") == len(files)
         second = run_command(*arguments, DG_CACHE_DIR=str(tmp_path))
         assert second.stdout.count("disk") == len(files)
         assert "compiled" not in second.stdout.replace("compiling", "")
@@ -228,24 +305,24 @@ class TestCompile:
     def test_sm_count_reaches_selection_and_compiler(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def select(m: int, n: int, k: int, *, num_sms: int) -> jax_deepgemm.GemmConfig:
-            return jax_deepgemm.GemmConfig(64, 64, num_stages=num_sms)
+        def select(m: int, n: int, k: int, *, num_sms: int, **groups: Any) -> GemmConfig:
+            assert (m, groups) == (320, {"op": "masked", "num_groups": 5, "expected_m": 64})
+            return GemmConfig(64, 64, num_stages=num_sms)
 
-        def compile_kernel(
-            n: int, k: int, config: jax_deepgemm.GemmConfig, *, num_sms: int
-        ) -> None:
+        def compile_kernel(n: int, k: int, config: GemmConfig, *, op: str, num_sms: int) -> None:
             raise RuntimeError(
-                f"{n=} {k=} selected for {config.num_stages}, compiled for {num_sms}"
+                f"{op} {n=} {k=} selected for {config.num_stages}, compiled for {num_sms}"
             )
 
         monkeypatch.setattr(jax_deepgemm, "select_config", select)
         monkeypatch.setattr(precompile, "compile_kernel", compile_kernel)
         monkeypatch.setattr(tables, "console", tables.Console(width=140))
-        assert main(["compile", "--shapes", "64x256x384", "--num-sms", "78"]) == 1
-        assert "n=256 k=384 selected for 78, compiled for 78" in capsys.readouterr().out
+        assert main(["compile", "--shapes", "masked:5x64x256x384", "--num-sms", "78"]) == 1
+        assert "masked n=256 k=384 selected for 78, compiled for 78" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
-        "shapes", ["64x7168", "64x7168x2049", "everything", "99999999999x512x256"]
+        "shapes",
+        ["64x7168", "64x7168x2049", "everything", "99999999999x512x256", "contiguous:2x8x256x384"],
     )
     def test_malformed_shapes(self, shapes: str) -> None:
         done = run_command("compile", "--shapes", shapes)
