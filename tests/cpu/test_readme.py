@@ -6,9 +6,10 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Any
 
 import pytest
+
+from jax_deepgemm.cli.markdown import markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -31,27 +32,6 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Returns the table of measured shapes as the README must print it."""
-    rows = results["rows"]
-    baselines = [name for name in rows[0]["baselines"] if name.endswith("_us")]
-    heads = ["m", "n", "k", "time, us", "TFLOP/s", "GB/s", "error"]
-    heads += [f"{name.removesuffix('_us')}, us" for name in baselines]
-    lines = [
-        f"{results['gpu']}, driver {results['driver']}, CUDA {results['cuda']}, "
-        f"JAX {results['jax']}, {results['date']}: `{results['command']}`.",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|--:" * len(heads) + "|",
-    ]
-    for row in rows:
-        cells = [str(row[name]) for name in ("m_per_group", "n", "k")]
-        cells += [f"{row['time_us']:.1f}", f"{row['tflops']:.0f}", f"{row['gbs']:.0f}"]
-        cells += [f"{row['error']:.1e}", *(f"{row['baselines'][name]:.1f}" for name in baselines)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def test_example_computes_the_product() -> None:
     example = blocks("python")[0]
     done = subprocess.run([sys.executable, "-c", example + CHECK], capture_output=True, text=True)
@@ -67,8 +47,9 @@ def test_table_is_the_measured_one() -> None:
     )
     assert found, "the README has lost the marks of its table"
     file = ROOT / RESULTS
-    expected = table(json.loads(file.read_text())) if file.exists() else "Not measured yet."
-    assert found[1] == expected, f"the README's table must read:\n{expected}"
+    expected = markdown(json.loads(file.read_text())) if file.exists() else "Not measured yet."
+    command = f"python -m jax_deepgemm bench --results {RESULTS} --markdown"
+    assert found[1] == expected, f"the README's tables must be what `{command}` prints"
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
