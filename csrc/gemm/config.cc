@@ -21,16 +21,22 @@ std::string Sentence(const std::string& name, int value, const std::string& rule
   return name + " must be " + rule + ", got " + std::to_string(value);
 }
 
-// Tiles (of clusters) that there can be, however the rows are grouped. Every run of rows can end
-// inside a tile: those of a group, under masked the rest of its rows, under ragged the rows before
-// and after all groups.
-int64_t MostTiles(const GemmProblem& problem, const GemmConfig& config) {
-  const int64_t most_runs = problem.grouping == Grouping::kDense    ? 0
-                            : problem.grouping == Grouping::kMasked ? 2 * problem.num_groups
-                                                                    : problem.num_groups + 2;
-  const int64_t row_tiles = std::min(
-      problem.m, CeilDiv(problem.m, int64_t{config.block_m} * config.cluster_m) + most_runs);
-  return row_tiles * CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
+// Row tiles that there can be, however the rows are grouped. Every run of rows can end inside a
+// tile: those of a group, under masked the rest of its rows, under ragged the rows before and after
+// all groups. Contiguous blocks can each have another group than the one before.
+int64_t MostRowTiles(const GemmProblem& problem, const GemmConfig& config) {
+  const int64_t rows = int64_t{config.block_m} * config.cluster_m;
+  switch (problem.grouping) {
+    case Grouping::kDense:
+      return CeilDiv(problem.m, rows);
+    case Grouping::kContiguous:
+      return CeilDiv(problem.m, std::min<int64_t>(rows, kContiguousAlignment));
+    case Grouping::kMasked:
+      return std::min(problem.m, CeilDiv(problem.m, rows) + 2 * problem.num_groups);
+    case Grouping::kRagged:
+      return std::min(problem.m, CeilDiv(problem.m, rows) + problem.num_groups + 2);
+  }
+  return problem.m;
 }
 
 }  // namespace
@@ -66,8 +72,21 @@ std::string WhyUnsupported(const GemmProblem& problem) {
     return "k must be a positive multiple of 16, got " + std::to_string(problem.k);
   }
   if (problem.k > kMax) return limit("k", problem.k);
+  // The smallest tiles are 64 x 16, and tiles are counted in 32 bits.
+  constexpr int64_t kMaxElements = int64_t{1} << 40;
+  if (problem.m > kMaxElements / problem.n) {
+    return "m * n must be at most 2^40, got " + std::to_string(problem.m) + " * " +
+           std::to_string(problem.n);
+  }
   if (problem.num_groups < 1) {
     return "there must be at least one group, got " + std::to_string(problem.num_groups);
+  }
+  if (problem.grouping == Grouping::kDense && problem.num_groups != 1) {
+    return "a dense problem has one group, got " + std::to_string(problem.num_groups);
+  }
+  if (problem.grouping == Grouping::kMasked && problem.m % problem.num_groups != 0) {
+    return "m must be a multiple of num_groups, got " + std::to_string(problem.m) + " and " +
+           std::to_string(problem.num_groups);
   }
   if (problem.num_groups > kMax / problem.n) {
     return "num_groups * n must be at most " + std::to_string(kMax) + ", got " +
@@ -165,10 +184,6 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
   if (config.raster_m * columns > std::numeric_limits<int32_t>::max()) {
     return Sentence("raster_m", config.raster_m, "smaller for so many columns of tiles");
   }
-  if (MostTiles(problem, config) > std::numeric_limits<int32_t>::max()) {
-    return "tiles of " + std::to_string(config.block_m) + "x" + std::to_string(config.block_n) +
-           " are too small: there would be more than 2^31 - 1 of them";
-  }
   return "";
 }
 
@@ -186,8 +201,10 @@ int ResidentClusters(const GemmProblem& problem, int cluster_size) {
 }
 
 int GridSize(const GemmProblem& problem, const GemmConfig& config) {
-  const int64_t clusters = std::min<int64_t>(MostTiles(problem, config),
-                                             ResidentClusters(problem, config.cluster_size()));
+  const int64_t tiles = MostRowTiles(problem, config) *
+                        CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
+  const int64_t clusters =
+      std::min<int64_t>(tiles, ResidentClusters(problem, config.cluster_size()));
   return static_cast<int>(clusters) * config.cluster_size();
 }
 

@@ -6,8 +6,8 @@
 //                                         128 x 128 block
 //
 // Grouped operations have one B and SFB per group, stacked along n, and a rule that says which rows
-// of A go with which group (grouping.h). row_tiles.cuh turns the rule into tiles; nothing else here
-// knows it.
+// of A go with which group (grouping.h). row_tiles.cuh turns the rule into tiles; the rest knows
+// a tile's group, and which of its rows are not to be written.
 //
 // For each k-block of 128, four wgmma (k = 32 each) leave A*B in a float32 accumulator; the CUDA
 // cores then add it, times its two scales, to the running total ("promotion"). The tensor cores
@@ -100,8 +100,8 @@ __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map
   const float* const sfa = params.sfa + sfa_row;
   const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
   const int n_block = tile.n / 128;
-  // One instruction stream of three loads per k-block is all this warp has to issue; unrolled it
-  // would not fit into the producer's registers.
+  // A handful of copies per k-block is all this warp has to issue; unrolled they would not fit into
+  // the producer's registers.
 #pragma unroll 1
   for (int i = 0; i < range.count(); ++i, ring.advance()) {
     const int k_block = range.block(i, start);
@@ -141,7 +141,8 @@ __device__ __forceinline__ void announce_tile(const Smem& smem, const Tile& tile
 __device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a,
                                         const TensorMap& map_b, const KernelParams& params) {
   Scheduler scheduler(params);
-  if (elect_sync()) st_shared_s32(smem.tile_count(), scheduler.multiply_count());
+  const int count = scheduler.multiply_count();
+  if (elect_sync()) st_shared_s32(smem.tile_count(), count);
   __syncwarp();
   barrier_arrive(0, kStartThreads);
   const KRange range;
@@ -285,7 +286,8 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     if (producer) produce(smem, map_a, map_b, params);
   } else {
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_inc<232>();
-    // The producer made the barriers and starts at once; the others wait for it.
+    // The producer made the barriers and goes on at once; the others wait for them, and for the
+    // number of tiles.
     barrier_sync(0, kStartThreads);
     multiply(smem, map_d, params, warp / 4 - 1);
   }

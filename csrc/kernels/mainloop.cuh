@@ -208,6 +208,7 @@ class Mainloop {
 
   // Gives a stage back to the producers that write to it; whole warps.
   __device__ void release(int stage) const {
+    __syncwarp();  // one lane arrives for what all have read
     const int lane = threadIdx.x % 32;
     const uint32_t empty = smem_.empty(stage);
     if constexpr (kMulticast == 1) {

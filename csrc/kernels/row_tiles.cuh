@@ -8,8 +8,9 @@
 //   a swath  lane i looks up row tile first + i: a binary search over the chunks by shuffles, then
 //            a walk through one chunk. The swath's other columns take it from the lane.
 //
-// Up to 32 runs that is one load and two scans; 512 groups add 15 dependent additions and as many
-// steps of the walk. Only the producer warp does it, a tile ahead of the tensor cores.
+// Up to 32 runs a lane has one at most; of 512 groups it has 17, in each of the two passes that
+// make the prefix sums, and walks through as many. Only the producer warp does it, a tile ahead of
+// the tensor cores.
 //
 // Runs that become zero come after all others, so a CTA multiplies first and clears afterwards.
 #pragma once
@@ -41,7 +42,7 @@ struct RowTile {
   int rows;   // rows from m on that are this tile's; may be more than kRowsPerCluster
   int group;  // matrix of B
   TileKind kind;
-  bool alone;  // no other row tile has this group
+  bool alone;  // known to be the only row tile of its group
 };
 
 // --- Warp scans ----------------------------------------------------------------------------------
@@ -118,12 +119,12 @@ class RaggedRuns {
       : sizes_(params.groups),
         num_sizes_(params.num_sizes),
         groups_(params.num_groups),
-        offset_(*params.detail),
+        offset_(max(-params.num_groups, min(*params.detail, params.num_sizes))),
         m_(params.m),
         first_row_(0) {
     if (offset_ > 0) {
       int rows = 0;
-      for (int i = laneid(); i < min(offset_, num_sizes_); i += 32) {
+      for (int i = laneid(); i < offset_; i += 32) {
         rows = saturating_add(rows, size(i), m_);
       }
       exclusive_scan(rows, m_, first_row_);

@@ -1,6 +1,5 @@
 // Which output tiles a CTA computes, in which order, and over which part of k. The producer asks
-// for one tile after the other and hands what the math warpgroups need to know through the ring, so
-// only this file and row_tiles.cuh know how rows are grouped.
+// for one tile after the other and hands what the math warpgroups need to know through the ring.
 //
 // The grid is persistent: cluster c computes tiles c, c + C, c + 2C, ... of C clusters at work.
 // Tiles are numbered so that those in flight at the same time form a compact rectangle of D: down
@@ -22,7 +21,7 @@ struct Tile {
   TileKind kind;
   // The producer alone knows the rest.
   int group;   // matrix of B
-  bool alone;  // no other row of tiles reads this matrix
+  bool alone;  // known to be the only row tile of its group
 };
 
 // Where the tensor cores set the pace, they do so at the clock that the power limit leaves them.

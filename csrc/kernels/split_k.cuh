@@ -48,9 +48,9 @@ class SplitK {
     parity_ ^= 1;
   }
 
-  // Tells the senders that the slots of the last tile, if there was one, are free; after its sums
-  // have gone to the staging buffer, which shows that they have been read. Only where another tile
-  // begins: after the last one peers may have left, and nothing is sent that they do not wait for.
+  // Tells the senders that the slots of the last tile, if there was one, are free: its sums were
+  // read before the warps met in the epilogue. Only where another tile begins: after the last one
+  // peers may have left, and nothing is sent that they do not wait for.
   __device__ void release() const {
     const int lane = threadIdx.x % 32;
     if (joined_ && owns() && lane < kRanks && lane != rank_) {
