@@ -16,10 +16,10 @@ The allocator makes every array an allocation of its own, whose ends memcheck th
 keeps launches out of CUDA graphs; the kernel's name keeps XLA's own kernels from being checked,
 which would take most of the time, but initcheck must see them write what ours read. initcheck does
 not see what TMA stores write, so it would call every copy of a result to the host uninitialised; it
-checks the kernels alone. racecheck charges a bulk copy's writes to the thread that issued it and does
-not know that they end with the barrier's transaction count (tensor copies it charges to no one), so
-it leaves asynchronous copies out. The cases are few and small because the tools slow kernels down a
-hundredfold.
+checks the kernels alone. racecheck charges a bulk copy's writes to the thread that issued it and
+does not know that they end with the barrier's transaction count (tensor copies it charges to no
+one), so it leaves asynchronous copies out. The cases are few and small because the tools slow
+kernels down a hundredfold.
 
 Prints every case before it runs, so that a hang has a name, then the number of cases and the worst
 error of a row. The exit status is 1 if a result is wrong.
