@@ -17,7 +17,7 @@ from jax_deepgemm.ffi import _native
 from tests.gpu import sanitize
 
 ROOT = pathlib.Path(__file__).parents[2]
-TIMEOUT_SECONDS = 400  # racecheck takes most of it
+TIMEOUT_SECONDS = 200
 
 # The indented lines of the docstring: what sets the shell up, then one command per tool.
 LINES = re.findall(r"^ {4}(.+)$", sanitize.__doc__ or "", flags=re.MULTILINE)
@@ -50,7 +50,7 @@ def result_of() -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
         yield lambda tool: results[tool].result()
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck", "initcheck"])
 def test_tool_finds_no_errors(
     tool: str, result_of: Callable[[str], subprocess.CompletedProcess[str]]
 ) -> None:
@@ -66,5 +66,4 @@ def test_tool_finds_no_errors(
         f"{len(sanitize.DENSE_CASES) + len(sanitize.GROUPED_CASES)} cases, worst error"
         in done.stdout
     )
-    # "ERROR SUMMARY: 0 errors" or "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)".
-    assert re.search(r"SUMMARY: .*\b0 errors", done.stdout), done.stdout
+    assert "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout
