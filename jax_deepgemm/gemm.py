@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm import reference
+from jax_deepgemm.batching import NAMES, merge, refusal, to_front
 from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
+from jax_deepgemm.grouped import bind_masked
 from jax_deepgemm.operands import Operand, check_pairs, check_static
+from jax_deepgemm.reference import BLOCK
+
+_NAME = "gemm_fp8_fp8_bf16_nt"
 
 
 def _batch(
@@ -18,25 +23,36 @@ def _batch(
     axes: Sequence[int | None],
     parameters: dict[str, Any],
 ) -> tuple[jax.Array, int]:
-    """A batch of A with one B is one GEMM with more rows."""
-    a, sfa, b, sfb = operands
+    """A batch of A is more rows, one of B more columns, and one of both a group for each."""
     a_axis, sfa_axis, b_axis, sfb_axis = axes
-    if a_axis is None or sfa_axis is None or b_axis is not None or sfb_axis is not None:
-        raise NotImplementedError(
-            "gemm_fp8_fp8_bf16_nt: jax.vmap takes a batch of both a and sfa with one b and sfb "
-            f"(in_axes ((int, int), (None, None))), got ((a {a_axis}, sfa {sfa_axis}), "
-            f"(b {b_axis}, sfb {sfb_axis}))"
-        )
-    a = jnp.moveaxis(a, a_axis, 0)
-    sfa = jnp.moveaxis(sfa, sfa_axis, 0)
-    batch, m, k = a.shape
-    check_static("gemm_fp8_fp8_bf16_nt", m=batch * m)
-    d = bind(a.reshape(batch * m, k), sfa.reshape(batch * m, sfa.shape[2]), b, sfb, **parameters)
-    return d.reshape(batch, m, b.shape[0]), 0
+    if (a_axis is None) != (sfa_axis is None) or (b_axis is None) != (sfb_axis is None):
+        raise refusal(_NAME, "values and their scales together", NAMES, axes)
+    a, sfa, b, sfb = to_front(operands, axes)
+    m, n, k = a.shape[-2], b.shape[-2], a.shape[-1]
+    if b_axis is None:
+        check_static(_NAME, m=a.shape[0] * m)
+        d = bind(merge(a), merge(sfa), b, sfb, **parameters)
+        return d.reshape(a.shape[0], m, n), 0
+    batch = b.shape[0]
+    check_static(_NAME, batch=batch)
+    if a_axis is None and n % BLOCK == 0:  # the scales of one B end where those of the next begin
+        d = bind(a, sfa, merge(b), merge(sfb), **parameters)
+        return d.reshape(m, batch, n), 1
+    if batch == 0:
+        return jnp.zeros((batch, m, n), jnp.bfloat16), 0
+    if a_axis is None:
+        a, sfa = (jnp.broadcast_to(x, (batch, *x.shape)) for x in (a, sfa))
+    sizes = {"num_groups": batch, "max_m": m, "n": n, "k": k}
+    # The same SMs as when the operation was called, not as many as are allowed by now.
+    grouped = options(_NAME, "masked", sizes, parameters["config"], expected_m=max(1, m)) | {
+        "num_sms": parameters["num_sms"]
+    }
+    counts = jnp.full((batch,), m, jnp.int32)
+    return bind_masked(a, sfa, b, sfb, counts, fill_zero=False, **grouped), 0
 
 
 _gemm = declare_gemm(
-    "gemm_fp8_fp8_bf16_nt",
+    _NAME,
     op="dense",
     reference=reference.gemm_fp8_fp8_bf16_nt,
     batching_rule=_batch,
@@ -73,6 +89,5 @@ def gemm_fp8_fp8_bf16_nt(
     Source:
         DeepSeek-V3 technical report, section 3.3.2; DeepGEMM's function of the same name.
     """
-    name = "gemm_fp8_fp8_bf16_nt"
-    operands, sizes = check_pairs(name, lhs, rhs)
-    return _gemm(*operands, **options(name, "dense", sizes, config))
+    operands, sizes = check_pairs(_NAME, lhs, rhs)
+    return _gemm(*operands, **options(_NAME, "dense", sizes, config))

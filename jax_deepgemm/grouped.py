@@ -9,7 +9,7 @@ Each multiplies every row of A by one of several weight matrices, and says in it
 Indices, counts and sizes live on the device: no kernel is compiled for them, and nothing waits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm import reference
 from jax_deepgemm.arguments import integer, is_array
+from jax_deepgemm.batching import NAMES, merge, refusal, to_front
 from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
 from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
@@ -32,14 +33,76 @@ _RAGGED = "m_grouped_gemm_fp8_fp8_bf16_nt_ragged"
 _FILLS = ("undefined", "zero")
 
 
-def _refuse_batches(name: str) -> Callable[..., tuple[jax.Array, int]]:
-    def rule(*_: Any) -> tuple[jax.Array, int]:
-        raise NotImplementedError(
-            f"{name}: jax.vmap of a grouped operation is not supported; "
-            "make the batch part of the rows or of the groups"
-        )
+_Rule = tuple[jax.Array, int]  # what a batching rule returns: the result and its batch axis
 
-    return rule
+
+def _batch_contiguous(
+    bind: Callable[..., jax.Array],
+    operands: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    parameters: dict[str, Any],
+) -> _Rule:
+    """A batch is more rows, and with a batch of B more groups."""
+    a_axis, sfa_axis, b_axis, sfb_axis, _ = axes
+    names = (*NAMES, "m_indices")
+    if a_axis is None or sfa_axis is None or (b_axis is None) != (sfb_axis is None):
+        wanted = "a batch of a and sfa, and of b and sfb both or neither"
+        raise refusal(_CONTIGUOUS, wanted, names, axes)
+    a, sfa, b, sfb, indices = to_front(operands, axes)
+    batch, m, _k = a.shape
+    if m % get_m_alignment_for_contiguous_layout():
+        wanted = "a batch of layouts whose m is a multiple of 128, so that the next one is aligned"
+        raise refusal(_CONTIGUOUS, f"{wanted} (m is {m})", names, axes)
+    indices = jnp.broadcast_to(indices, (batch, m))
+    if b_axis is not None:
+        num_groups = b.shape[1]
+        b, sfb = merge(b), merge(sfb)
+        first = num_groups * jnp.arange(batch, dtype=jnp.int32)[:, None]
+        grouped = (indices >= 0) & (indices < num_groups)
+        indices = jnp.where(grouped, first + indices, -1)
+    if batch == 0:
+        return jnp.zeros((batch, m, b.shape[-2]), jnp.bfloat16), 0
+    sizes = {"num_groups": b.shape[0], "m": batch * m, "n": b.shape[1], "k": a.shape[-1]}
+    options(_CONTIGUOUS, "contiguous", sizes, parameters["config"])  # checks the larger problem
+    d = bind(merge(a), merge(sfa), b, sfb, merge(indices), **parameters)
+    return d.reshape(batch, m, -1), 0
+
+
+def _batch_masked(
+    bind: Callable[..., jax.Array],
+    operands: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    parameters: dict[str, Any],
+) -> _Rule:
+    """A batch of everything is more groups."""
+    if None in axes[:4]:
+        raise refusal(_MASKED, "a batch of a, sfa, b and sfb together", (*NAMES, "masked_m"), axes)
+    *matrices, counts = to_front(operands, axes)
+    a, _, b, _ = matrices
+    batch, num_groups, max_m, k = a.shape
+    n = b.shape[-2]
+    if batch == 0:
+        return jnp.zeros((batch, num_groups, max_m, n), jnp.bfloat16), 0
+    sizes = {"num_groups": batch * num_groups, "max_m": max_m, "n": n, "k": k}
+    options(_MASKED, "masked", sizes, parameters["config"])  # checks the larger problem
+    counts = jnp.broadcast_to(counts, (batch, num_groups))
+    d = bind(*map(merge, matrices), merge(counts), **parameters)
+    return d.reshape(batch, num_groups, max_m, n), 0
+
+
+def _batch_ragged(
+    bind: Callable[..., jax.Array],
+    operands: Sequence[jax.Array],
+    axes: Sequence[int | None],
+    parameters: dict[str, Any],
+) -> _Rule:
+    raise refusal(
+        _RAGGED,
+        "no batch, because rows of no group may stand between one and the next: make the batch "
+        "part of the rows and of the groups",
+        (*NAMES, "group_sizes", "group_offset"),
+        axes,
+    )
 
 
 def _block_groups(num_groups: int, m_indices: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,16 +131,16 @@ _contiguous = declare_gemm(
     _CONTIGUOUS,
     op="contiguous",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
-    batching_rule=_refuse_batches(_CONTIGUOUS),
+    batching_rule=_batch_contiguous,
     num_arrays=2,
     assign=_block_groups,
 )
 
-_masked = declare_gemm(
+bind_masked = declare_gemm(
     _MASKED,
     op="masked",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_masked,
-    batching_rule=_refuse_batches(_MASKED),
+    batching_rule=_batch_masked,
     num_arrays=1,
 )
 
@@ -85,7 +148,7 @@ _ragged = declare_gemm(
     _RAGGED,
     op="ragged",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_ragged,
-    batching_rule=_refuse_batches(_RAGGED),
+    batching_rule=_batch_ragged,
     num_arrays=2,
 )
 
@@ -177,7 +240,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
         raise ValueError(f"{_MASKED}: fill must be one of {', '.join(_FILLS)}, got {fill!r}")
     expected_m = integer(_MASKED, "expected_m", expected_m, bits=64)
     parameters = options(_MASKED, "masked", sizes, config, expected_m=expected_m)
-    return _masked(*operands, counts, fill_zero=fill == "zero", **parameters)
+    return bind_masked(*operands, counts, fill_zero=fill == "zero", **parameters)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(

@@ -1,5 +1,7 @@
 """The public dense operation: numbers on the CPU, messages, and what it lowers to for CUDA."""
 
+import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -402,15 +404,72 @@ def test_vmap_takes_any_axes_and_nests() -> None:
     np.testing.assert_array_equal(np.asarray(d).reshape(6, 5, N), expected)
 
 
+def primitives(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The operations of this package in the jaxpr, once for each time."""
+    equations = jax.make_jaxpr(function)(*arguments).eqns
+    return [name for name in map(str, (e.primitive for e in equations)) if "gemm_fp8" in name]
+
+
+@pytest.mark.parametrize(("batch", "m"), [(3, 5), (1, 1), (3, 0), (0, 5)], ids=str)
+def test_vmap_of_both_is_one_masked_call(batch: int, m: int) -> None:
+    parts = [numerics.dense_operands(m, N, K, seed=seed) for seed in range(batch)]
+    empty = numerics.dense_operands(m, N, K, seed=0)
+    stacked = [
+        np.stack([part[i] for part in parts]) if parts else empty[i][None][:0] for i in range(4)
+    ]
+    d = jax.jit(jax.vmap(flat))(*stacked)
+    assert d.shape == (batch, m, N)
+    for i, part in enumerate(parts):
+        check(d[i], part)
+    expected = ["m_grouped_gemm_fp8_fp8_bf16_nt_masked"] if batch else []
+    assert primitives(jax.vmap(flat), *stacked) == expected
+
+
+@pytest.mark.parametrize(("n", "op"), [(128, OP), (N, "m_grouped_gemm_fp8_fp8_bf16_nt_masked")])
+def test_vmap_of_b_alone(n: int, op: str) -> None:
+    # Where the scales of one B end with its rows, all of them are one B with more rows.
+    parts = [numerics.dense_operands(5, n, K, seed=seed) for seed in range(3)]
+    a, sfa, *_ = parts[0]
+    b, sfb = (np.stack([part[i] for part in parts]) for i in (2, 3))
+    over_b = jax.vmap(flat, in_axes=(None, None, 1, 2))
+    arguments = a, sfa, np.moveaxis(b, 0, 1), np.moveaxis(sfb, 0, 2)
+    d = jax.jit(over_b)(*arguments)
+    assert d.shape == (3, 5, n)
+    for i in range(3):
+        check(d[i], numerics.DenseOperands(a, sfa, b[i], sfb[i]))
+    assert primitives(over_b, *arguments) == [op]
+
+
+def test_nested_vmaps_of_both_are_one_call() -> None:
+    parts = [numerics.dense_operands(5, N, K, seed=seed) for seed in range(6)]
+    stacked = [np.stack([part[i] for part in parts]) for i in range(4)]
+    nested = [x.reshape(2, 3, *x.shape[1:]) for x in stacked]
+    twice = jax.vmap(jax.vmap(flat))
+    assert len(primitives(twice, *nested)) == 1
+    np.testing.assert_array_equal(
+        np.asarray(twice(*nested)).reshape(6, 5, N), np.asarray(jax.vmap(flat)(*stacked))
+    )
+
+
+def test_vmap_of_both_carries_and_checks_the_config(operands: numerics.DenseOperands) -> None:
+    stacked = [np.stack([operand] * 2) for operand in operands]
+    config = GemmConfig(64, 64, 4, 1, raster_m=8)
+    (call,) = cuda_calls(cuda_text(jax.vmap(functools.partial(flat, config=config)), *stacked))
+    problem = problem_of(call)
+    assert (problem["op"], problem["num_groups"]) == (2, 2)
+    assert (problem["block_n"], problem["expected_m"]) == (64, operands.a.shape[0])
+    both = dataclasses.replace(config, cluster_m=2)
+    with pytest.raises(ValueError, match=f"^{OP}: config: cluster_m must be 1 for grouped"):
+        jax.vmap(functools.partial(flat, config=both))(*stacked)
+
+
 @pytest.mark.parametrize(
     ("in_axes", "got"),
     [
-        ((0, None, None, None), "((a 0, sfa None), (b None, sfb None))"),
-        ((None, 0, None, None), "((a None, sfa 0), (b None, sfb None))"),
-        ((None, None, 0, 0), "((a None, sfa None), (b 0, sfb 0))"),
-        ((0, 0, 0, 0), "((a 0, sfa 0), (b 0, sfb 0))"),
-        ((0, 0, 0, None), "((a 0, sfa 0), (b 0, sfb None))"),
-        ((0, 0, None, 0), "((a 0, sfa 0), (b None, sfb 0))"),
+        ((0, None, None, None), "a 0, sfa None, b None, sfb None"),
+        ((None, 0, None, None), "a None, sfa 0, b None, sfb None"),
+        ((0, 0, 0, None), "a 0, sfa 0, b 0, sfb None"),
+        ((0, 0, None, 0), "a 0, sfa 0, b None, sfb 0"),
     ],
     ids=str,
 )
@@ -424,8 +483,7 @@ def test_other_vmaps_are_refused(
     with pytest.raises(NotImplementedError) as raised:
         jax.vmap(flat, in_axes=in_axes)(*stacked)
     assert str(raised.value) == (
-        f"{OP}: jax.vmap takes a batch of both a and sfa with one b and sfb "
-        f"(in_axes ((int, int), (None, None))), got {got}"
+        f"{OP}: jax.vmap takes values and their scales together; got the batch axes {got}"
     )
     check(flat(*operands), operands)
 

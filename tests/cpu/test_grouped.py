@@ -535,18 +535,71 @@ def test_config_that_the_sm_limit_forbids(op: str, monkeypatch: pytest.MonkeyPat
     )
 
 
-@every_op
-def test_vmap_is_refused(op: str) -> None:
-    *operands, array = (x for name, x in arguments(op).items() if name != "expected_m")
-    a, sfa, b, sfb = operands
+def batches(problem: Problem, batch: int) -> tuple[list[Any], list[Any]]:
+    """Operands and index arrays of several problems of one size, each list stacked, and apart."""
+    apart = [
+        (*problem.operands(seed=seed), *problem.random_arrays(np.random.default_rng(seed)))
+        for seed in range(batch)
+    ]
+    return [np.stack(parts) for parts in zip(*apart, strict=True)], apart
+
+
+def grouped_calls(function: Callable[..., Any], *arguments: Any) -> int:
+    """How many operations of this package stand in the jaxpr."""
+    equations = jax.make_jaxpr(function)(*arguments).eqns
+    return sum("grouped_gemm" in str(equation.primitive) for equation in equations)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [Problem("contiguous", 3, 512, 24, 144), Problem("masked", 3, 40, 24, 144)],
+    ids=str,
+)
+def test_vmap_of_everything_is_more_groups(problem: Problem) -> None:
+    stacked, apart = batches(problem, 3)
+    function = jax.vmap(functools.partial(call, problem.op))
+    d = jax.jit(function)(*stacked)
+    for i, (*operands, array) in enumerate(apart):
+        check(d[i], problem.oracle(numerics.GroupedOperands(*operands), array))
+    assert grouped_calls(function, *stacked) == 1
+
+
+def test_vmap_of_rows_is_more_rows() -> None:
+    problem = Problem("contiguous", 3, 512, 24, 144)
+    (a, sfa, _, _, indices), apart = batches(problem, 2)
+    b, sfb = apart[0][2:4]
+    rows = jax.vmap(functools.partial(call, "contiguous"), in_axes=(0, 0, None, None, 0))
+    d = jax.jit(rows)(a, sfa, b, sfb, indices)
+    for i in range(2):
+        operands = numerics.GroupedOperands(a[i], sfa[i], b, sfb)
+        check(d[i], problem.oracle(operands, indices[i]))
+    assert grouped_calls(rows, a, sfa, b, sfb, indices) == 1
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "in_axes", "wanted"),
+    [
+        ("contiguous", 512, (None, None, 0, 0, 0), "a batch of a and sfa"),
+        ("contiguous", 500, (0, 0, None, None, 0), "whose m is a multiple of 128"),
+        ("masked", 40, (0, 0, None, None, None), "a batch of a, sfa, b and sfb together"),
+        ("ragged", 40, (0, 0, 0, 0, 0), "no batch, because rows of no group"),
+    ],
+    ids=str,
+)
+def test_other_vmaps_are_refused(
+    op: str, rows: int, in_axes: tuple[int | None, ...], wanted: str
+) -> None:
+    stacked, apart = batches(Problem(op, 3, rows, 24, 144), 2)
+    arguments = [
+        all_of_it if axis == 0 else one
+        for all_of_it, one, axis in zip(stacked, apart[0], in_axes, strict=True)
+    ]
     with pytest.raises(NotImplementedError) as raised:
-        jax.vmap(functools.partial(call, op), in_axes=(0, 0, None, None, None))(
-            a[None], sfa[None], b, sfb, array
-        )
-    assert str(raised.value) == (
-        f"{name_of(op)}: jax.vmap of a grouped operation is not supported; "
-        "make the batch part of the rows or of the groups"
-    )
+        jax.vmap(functools.partial(call, op), in_axes=in_axes)(*arguments)
+    message = str(raised.value)
+    assert message.startswith(f"{name_of(op)}: jax.vmap takes ")
+    assert wanted in message
+    assert f"got the batch axes a {in_axes[0]}, sfa {in_axes[1]}, b {in_axes[2]}" in message
 
 
 @every_op
