@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
 
 Shape = tuple[int, ...]
@@ -77,6 +77,14 @@ def declare(
 
     mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
     mlir.register_lowering(primitive, mlir.lower_fun(cuda, multiple_results=False), platform="cuda")
+
+    def differentiate(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{name}: there is no derivative; give the function that quantises its operands and "
+            "calls it a gradient of its own, with jax.custom_vjp"
+        )
+
+    ad.primitive_jvps[primitive] = differentiate
 
     def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
         # Operands that vary over fewer axes are cast here, outside the primitive, where the cast's

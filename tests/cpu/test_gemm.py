@@ -630,7 +630,8 @@ def test_gradients_are_refused(transform: Any, operands: numerics.DenseOperands)
     def total(sfa: jax.Array) -> jax.Array:
         return flat(a, sfa, b, sfb).astype(jnp.float32).sum()
 
-    with pytest.raises(NotImplementedError, match=OP):
+    message = f"^{OP}: there is no derivative; .* with jax.custom_vjp"
+    with pytest.raises(NotImplementedError, match=message):
         transform(total)(jnp.asarray(sfa))
 
 

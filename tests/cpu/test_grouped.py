@@ -611,7 +611,8 @@ def test_gradients_are_refused(op: str, transform: Any) -> None:
     def total(sfa: jax.Array) -> jax.Array:
         return by_name(op, **good, sfa=sfa).astype(jnp.float32).sum()
 
-    with pytest.raises(NotImplementedError, match=name_of(op)):
+    message = f"^{name_of(op)}: there is no derivative; .* with jax.custom_vjp"
+    with pytest.raises(NotImplementedError, match=message):
         transform(total)(sfa)
 
 

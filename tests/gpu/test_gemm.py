@@ -197,6 +197,13 @@ def test_vmap_and_eager() -> None:
         check(d[i], numerics.DenseOperands(a[i], sfa[i], b, sfb))
 
 
+def test_vmap_of_both_is_one_launch() -> None:
+    parts = [random_operands(45, 136, 304, i) for i in range(5)]
+    d = jax.vmap(flat)(*(np.stack([part[i] for part in parts]) for i in range(4)))
+    for i, part in enumerate(parts):
+        check(d[i], part)
+
+
 def test_limit_of_sms_is_put_back() -> None:
     before = jax_deepgemm.get_num_sms()
     with sm_limit(7):
