@@ -114,6 +114,7 @@ def test_candidates_are_of_every_kind() -> None:
         ((2**31, 8, 16, 132), "m must be at most 2147418111, got 2147483648"),
         ((1, 2**31, 16, 132), "n must be at most 2147418111, got 2147483648"),
         ((1, 8, 2**31, 132), "k must be at most 2147418111, got 2147483648"),
+        ((2**24, 2**24, 16, 132), "m * n must be at most 2^40, got 16777216 * 16777216"),
         ((1, 12, 16, 132), "n must be a positive multiple of 8, got 12"),
         ((1, 0, 16, 132), "n must be a positive multiple of 8, got 0"),
         ((1, -8, 16, 132), "n must be a positive multiple of 8, got -8"),
@@ -160,6 +161,24 @@ def test_unsupported_groups(function: Any, options: dict[str, Any], message: str
     with pytest.raises(ValueError) as raised:
         function(64, 8, 16, **options)
     assert str(raised.value) == f"{function.__name__}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_groups": 2}, "a dense problem has one group, got 2"),
+        (
+            {"op": OPS.index("masked"), "num_groups": 3},
+            "m must be a multiple of num_groups, got 64 and 3",
+        ),
+    ],
+    ids=str,
+)
+def test_native_side_does_not_rely_on_python(change: dict[str, int], message: str) -> None:
+    # A custom call written by hand meets no other check.
+    problem = Problem(op=0, num_groups=1, m=64, expected_m=0, n=8, k=16, num_sms=132)
+    assert _native.why_unsupported(problem) == ""
+    assert _native.why_unsupported(problem._replace(**change)) == message
 
 
 def test_expected_m_is_kept_inside_a_group() -> None:
