@@ -6,7 +6,6 @@ import datetime
 import importlib.util
 import itertools
 import json
-import re
 import secrets
 import shlex
 import subprocess
@@ -32,6 +31,7 @@ from jax_deepgemm.cli.harness import Candidate, Row, is_good, measure
 from jax_deepgemm.cli.markdown import markdown
 from jax_deepgemm.cli.precompile import add_shapes_argument, given_shapes
 from jax_deepgemm.cli.problem import ORACLE, random_problem, random_problems
+from jax_deepgemm.cli.roofline import require_matplotlib, roofline_figure
 from jax_deepgemm.cli.shapes import DENSE, Shape, parse_count
 from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_call_us
 
@@ -98,6 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the tables of measured times as README.md has them, and nothing else",
     )
     parser.add_argument(
+        "--plot",
+        type=parse_plot,
+        metavar="PNG",
+        help="draw the measured shapes under the GPU's roofline (needs matplotlib)",
+    )
+    parser.add_argument(
         "--compare",
         type=load_peer,
         metavar="FILE",
@@ -126,6 +132,12 @@ def parse_output(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
     return path
+
+
+def parse_plot(text: str) -> Path:
+    """Parses the path of a picture that can be drawn; an argparse `type`."""
+    require_matplotlib()
+    return parse_output(text)
 
 
 def load_peer(text: str) -> dict[str, Any]:
@@ -183,6 +195,8 @@ def run(args: argparse.Namespace) -> int:
             print(machine.why_no_gpu(), file=sys.stderr)
             return 1
         document = _benchmark(gpu, args)
+    if args.plot:
+        roofline_figure(document).savefig(args.plot, format="png")
     if args.markdown:
         print(markdown(document))
     elif not _report(document, args.compare):
@@ -353,11 +367,5 @@ def _torch_baselines(shapes: Sequence[Shape], args: argparse.Namespace) -> dict[
 
 def _write(document: dict[str, Any], output: Path) -> None:
     if output.is_dir():
-        output /= f"{gpu_file_stem(document['gpu'])}.json"
+        output /= f"{machine.gpu_stem(document['gpu'])}.json"
     output.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-
-
-def gpu_file_stem(device_kind: str) -> str:
-    """`h100` for "NVIDIA H100 80GB HBM3"."""
-    match = re.search(r"\b[A-Z]{1,2}\d{2,4}\b", device_kind)
-    return (match[0] if match else device_kind.replace(" ", "_")).lower()

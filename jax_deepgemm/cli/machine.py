@@ -57,6 +57,12 @@ def cuda_version(device: jax.Device) -> str:
     return f"{int(match[1])}.{int(match[2])}" if match else ""
 
 
+def gpu_stem(device_kind: str) -> str:
+    """`h100` for "NVIDIA H100 80GB HBM3": what its results file is called."""
+    match = re.search(r"\b[A-Z]{1,2}\d{2,4}\b", device_kind)
+    return (match[0] if match else device_kind.replace(" ", "_")).lower()
+
+
 def query_gpus() -> list[dict[str, str]]:
     """`GPU_FIELDS` of every GPU that nvidia-smi lists; empty where it is missing or fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]

@@ -434,7 +434,7 @@ class TestCommand:
         "kind, stem", [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("cpu", "cpu")]
     )
     def test_file_is_named_after_the_gpu(self, kind: str, stem: str) -> None:
-        assert bench.gpu_file_stem(kind) == stem
+        assert machine.gpu_stem(kind) == stem
 
 
 class TestMoe:
