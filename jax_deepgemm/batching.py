@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+Batched = tuple[jax.Array, int]
+"""What a rule returns: the result and its batch axis."""
+
 NAMES = ("a", "sfa", "b", "sfb")
 """The first operands of every operation."""
 

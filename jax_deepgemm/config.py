@@ -180,13 +180,6 @@ def check_problem(
         k=integer(function, "k", k, bits=64),
         num_sms=integer(function, "num_sms", num_sms, bits=32),
     )
-    if op == "dense" and problem.num_groups != 1:
-        raise ValueError(f'{function}: num_groups must be 1 for op "dense", got {num_groups}')
-    if op == "masked" and problem.m % max(1, problem.num_groups):
-        raise ValueError(
-            f'{function}: m must be a multiple of num_groups ({num_groups}) for op "masked", '
-            f"got {m}"
-        )
     if expected_m is not None:
         if op != "masked":
             raise ValueError(f'{function}: expected_m is for op "masked", not for "{op}"')

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm import reference
-from jax_deepgemm.batching import NAMES, merge, refusal, to_front
+from jax_deepgemm.batching import NAMES, Batched, merge, refusal, to_front
 from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
 from jax_deepgemm.grouped import bind_masked
@@ -22,7 +22,7 @@ def _batch(
     operands: Sequence[jax.Array],
     axes: Sequence[int | None],
     parameters: dict[str, Any],
-) -> tuple[jax.Array, int]:
+) -> Batched:
     """A batch of A is more rows, one of B more columns, and one of both a group for each."""
     a_axis, sfa_axis, b_axis, sfb_axis = axes
     if (a_axis is None) != (sfa_axis is None) or (b_axis is None) != (sfb_axis is None):

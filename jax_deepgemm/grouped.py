@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm import reference
 from jax_deepgemm.arguments import integer, is_array
-from jax_deepgemm.batching import NAMES, merge, refusal, to_front
+from jax_deepgemm.batching import NAMES, Batched, merge, refusal, to_front
 from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
 from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
@@ -33,15 +33,12 @@ _RAGGED = "m_grouped_gemm_fp8_fp8_bf16_nt_ragged"
 _FILLS = ("undefined", "zero")
 
 
-_Rule = tuple[jax.Array, int]  # what a batching rule returns: the result and its batch axis
-
-
 def _batch_contiguous(
     bind: Callable[..., jax.Array],
     operands: Sequence[jax.Array],
     axes: Sequence[int | None],
     parameters: dict[str, Any],
-) -> _Rule:
+) -> Batched:
     """A batch is more rows, and with a batch of B more groups."""
     a_axis, sfa_axis, b_axis, sfb_axis, _ = axes
     names = (*NAMES, "m_indices")
@@ -73,7 +70,7 @@ def _batch_masked(
     operands: Sequence[jax.Array],
     axes: Sequence[int | None],
     parameters: dict[str, Any],
-) -> _Rule:
+) -> Batched:
     """A batch of everything is more groups."""
     if None in axes[:4]:
         raise refusal(_MASKED, "a batch of a, sfa, b and sfb together", (*NAMES, "masked_m"), axes)
@@ -95,7 +92,7 @@ def _batch_ragged(
     operands: Sequence[jax.Array],
     axes: Sequence[int | None],
     parameters: dict[str, Any],
-) -> _Rule:
+) -> Batched:
     raise refusal(
         _RAGGED,
         "no batch, because rows of no group may stand between one and the next: make the batch "

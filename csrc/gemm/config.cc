@@ -82,11 +82,11 @@ std::string WhyUnsupported(const GemmProblem& problem) {
     return "there must be at least one group, got " + std::to_string(problem.num_groups);
   }
   if (problem.grouping == Grouping::kDense && problem.num_groups != 1) {
-    return "a dense problem has one group, got " + std::to_string(problem.num_groups);
+    return "num_groups must be 1 for a dense problem, got " + std::to_string(problem.num_groups);
   }
   if (problem.grouping == Grouping::kMasked && problem.m % problem.num_groups != 0) {
-    return "m must be a multiple of num_groups, got " + std::to_string(problem.m) + " and " +
-           std::to_string(problem.num_groups);
+    return "m must be a multiple of num_groups for a masked problem, got " +
+           std::to_string(problem.m) + " and " + std::to_string(problem.num_groups);
   }
   if (problem.num_groups > kMax / problem.n) {
     return "num_groups * n must be at most " + std::to_string(kMax) + ", got " +

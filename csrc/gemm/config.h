@@ -14,10 +14,6 @@ namespace dg {
 // The deepest ring a configuration may have; deeper ones hide no more latency.
 constexpr int kMaxStages = 32;
 
-// The tallest swath of a grouped operation: a warp's lanes look up one row of tiles each
-// (csrc/kernels/row_tiles.cuh).
-constexpr int kMaxGroupedRasterRows = 32;
-
 // D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use. Grouped operations
 // have num_groups matrices B, and only the device knows how many rows of A go with each.
 struct GemmProblem {

@@ -8,7 +8,7 @@ namespace {
 
 // The model's constants, fitted to 453 timed (shape, configuration) pairs of dense problems on an
 // H100 SXM with a clean L2. On those, what selection picked was 0.6 % slower than the fastest
-// configuration by geometric mean and 3 % at worst. The main loop has become faster since, by 3 to
+// configuration by geometric mean and 3 % at worst. The main loop has become faster since, by 2 to
 // 5 % where it sets the pace; kInStep was added for grouped problems.
 constexpr double kClockGhz = 1.56;             // while multiplying FP8
 constexpr double kHbmBytesPerUs = 3.08e6;      // streaming weights

@@ -17,6 +17,9 @@ enum class Grouping : int {
 // Rows of a contiguous layout that belong to the same group: segments start at multiples of it.
 constexpr int kContiguousAlignment = 128;
 
+// The tallest swath of tile rows of a grouped operation: a warp's lanes look up one each.
+constexpr int kMaxGroupedRasterRows = 32;
+
 // A launch, beside its tensor maps. Pointers are to global memory.
 struct KernelParams {
   const float* sfa;   // [ceil(k/128), sfa_pitch]: SFA as it lies in memory, m-contiguous

@@ -22,7 +22,7 @@ constexpr int kRowsPerCluster = config::kBlockM * config::kClusterM;
 
 static_assert(kGrouping == Grouping::kDense || config::kClusterM == 1,
               "CTAs that share B must work on the same group");
-static_assert(kGrouping == Grouping::kDense || config::kRasterM <= 32,
+static_assert(kGrouping == Grouping::kDense || config::kRasterM <= kMaxGroupedRasterRows,
               "a lane looks up each row tile of a swath");
 
 // Rows may end anywhere in a tile, and what lies behind them is not this tile's to write. Otherwise

@@ -140,7 +140,7 @@ def test_unsupported_problem(
     [
         ({"op": "grouped"}, "op must be one of dense, contiguous, masked, ragged, got 'grouped'"),
         ({"op": 3}, "op must be one of dense, contiguous, masked, ragged, got 3"),
-        ({"num_groups": 2}, 'num_groups must be 1 for op "dense", got 2'),
+        ({"num_groups": 2}, "num_groups must be 1 for a dense problem, got 2"),
         ({"op": "ragged", "num_groups": 0}, "there must be at least one group, got 0"),
         ({"op": "masked", "num_groups": 0}, "there must be at least one group, got 0"),
         (
@@ -149,7 +149,7 @@ def test_unsupported_problem(
         ),
         (
             {"op": "masked", "num_groups": 3},
-            'm must be a multiple of num_groups (3) for op "masked", got 64',
+            "m must be a multiple of num_groups for a masked problem, got 64 and 3",
         ),
         ({"op": "masked", "expected_m": 0}, "expected_m must be at least 1, got 0"),
         ({"expected_m": 1}, 'expected_m is for op "masked", not for "dense"'),
@@ -166,10 +166,10 @@ def test_unsupported_groups(function: Any, options: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_groups": 2}, "a dense problem has one group, got 2"),
+        ({"num_groups": 2}, "num_groups must be 1 for a dense problem, got 2"),
         (
             {"op": OPS.index("masked"), "num_groups": 3},
-            "m must be a multiple of num_groups, got 64 and 3",
+            "m must be a multiple of num_groups for a masked problem, got 64 and 3",
         ),
     ],
     ids=str,
