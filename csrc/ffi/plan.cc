@@ -10,6 +10,7 @@
 #include "csrc/gemm/select.h"
 #include "csrc/jit/cache.h"
 #include "csrc/jit/cubin.h"
+#include "csrc/jit/environment.h"
 #include "csrc/jit/error.h"
 
 namespace dg::ffi {
@@ -17,7 +18,7 @@ namespace dg::ffi {
 jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& config) {
   jit::KernelSource source;
   source.name = source.entry = KernelName(problem, config);
-  source.text = KernelText(problem, config);
+  source.text = KernelText(problem, config, jit::GetEnvironment().racecheck);
   for (const KernelFile& file : KernelFiles()) source.headers.push_back({file.name, file.text});
   return source;
 }

@@ -39,7 +39,8 @@ std::string KernelName(const GemmProblem& problem, const GemmConfig& config) {
   return name.str();
 }
 
-std::string KernelText(const GemmProblem& problem, const GemmConfig& config) {
+std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
+                       bool every_thread_arrives) {
   std::ostringstream text;
   const auto constant = [&](const char* name, int64_t value) {
     text << "constexpr int " << name << " = " << value << ";\n";
@@ -56,6 +57,7 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config) {
   constant("kClusterN", config.cluster_n);
   constant("kClusterK", config.cluster_k);
   constant("kRasterM", config.raster_m);
+  constant("kArrivalsPerWarp", every_thread_arrives ? 32 : 1);
   text << "}  // namespace dg::config\n\n"
        << "namespace dg {\n"
        << WgmmaFunction(config.smem().warpgroup_n()) << "}  // namespace dg\n\n"

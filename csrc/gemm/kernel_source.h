@@ -24,6 +24,9 @@ const std::vector<KernelFile>& KernelFiles();
 std::string KernelName(const GemmProblem& problem, const GemmConfig& config);
 
 // The translation unit that defines it: constants, the wgmma instruction, #include "gemm.cuh".
-std::string KernelText(const GemmProblem& problem, const GemmConfig& config);
+// `every_thread_arrives`: threads that have read a stage say so each for itself, and not one lane
+// for its warp, which racecheck takes for the only one that has.
+std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
+                       bool every_thread_arrives);
 
 }  // namespace dg

@@ -65,6 +65,7 @@ const Environment& GetEnvironment() {
       /*print_reg_reuse=*/Switch("DG_PRINT_REG_REUSE"),
       /*print_command=*/Switch("DG_JIT_PRINT_NVCC_COMMAND"),
       /*debug=*/Switch("DG_JIT_DEBUG"),
+      /*racecheck=*/Switch("DG_RACECHECK"),
   };
   return environment;
 }

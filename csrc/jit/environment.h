@@ -27,6 +27,8 @@ struct Environment {
   bool print_command;
   // DG_JIT_DEBUG: print every cache decision and compile.
   bool debug;
+  // DG_RACECHECK: make kernels that compute-sanitizer's racecheck can follow, a little slower.
+  bool racecheck;
 };
 
 // The environment as it was at the first call.

@@ -19,8 +19,7 @@ class Epilogue {
   // first one is.
   __device__ __forceinline__ void store(const float (&total)[kWaves][kAccumulators], int m, int n,
                                         int rows, bool writes, int row) const {
-    // The last tile's stores have read the buffers. The warps meet even where there is nothing to
-    // store: under split-k none may begin the next exchange before all have ended this one.
+    // The last tile's stores have read the buffers.
     if (leader()) cp_async_bulk_wait_group_read<0>();
     sync();
     // NOTE: no loop over waves: the compiler gives up unrolling so long a body, and `total`,

@@ -25,8 +25,8 @@
 //   barrier            arrivals                       signals
 //   full[stage]        2 + the stage's bytes          producer/TMA -> math: stage holds data
 //   empty[stage]       math warps x sharing CTAs      math -> producer(s): stage may be rewritten
-//   partials_full[w]   1 + the partial sums' bytes    peers -> warpgroup w: split-k sums are here
-//   partials_empty[w]  peers' warps                   owner -> peers: the slots may be rewritten
+//   exchange[warp]     1, and bytes in the CTA that   split-k, between namesakes in a cluster: sums
+//                      stores the warp's rows         have come; or in the others, were read
 //
 // Shared memory: smem_layout.h. The producer runs ahead across tile borders and writes beside a
 // tile's first stage which tile it is, so the math warpgroups need no schedule of their own. They
@@ -34,8 +34,8 @@
 // the other's wgmma.
 //
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
-// kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM. m and the groups
-// are run-time values: one kernel serves them all.
+// kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM,
+// kArrivalsPerWarp. m and the groups are run-time values: one kernel serves them all.
 #pragma once
 
 // clang-format off: each file uses the ones before it.
@@ -55,8 +55,9 @@ namespace dg {
 
 // --- 1. Constants --------------------------------------------------------------------------------
 
-constexpr int kThreads = kWarpgroupThreads * (1 + config::kMathWarpgroups);
-constexpr int kStartThreads = 32 + kWarpgroupThreads * config::kMathWarpgroups;  // with a role
+constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
+constexpr int kThreads = kWarpgroupThreads + kMathThreads;
+constexpr int kStartThreads = 32 + kMathThreads;  // with a role
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
@@ -145,6 +146,7 @@ __device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a
   if (elect_sync()) st_shared_s32(smem.tile_count(), count);
   __syncwarp();
   barrier_arrive(0, kStartThreads);
+  if constexpr (kClusterSize > 1) barrier_cluster_wait();
   const KRange range;
   RingPosition ring;
   while (true) {
@@ -165,7 +167,7 @@ __device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a
 
 // --- 3. Math -------------------------------------------------------------------------------------
 
-// Zeroes the rows of a wave that belong to no group; `m` is the first row of this thread's warp.
+// Zeroes the rows of a warp that belong to no group; `m` is the first one.
 __device__ __forceinline__ void mask_rows(float (&total)[kAccumulators], const KernelParams& params,
                                           int m) {
   const int row = m + static_cast<int>(threadIdx.x) % 32 / 4;
@@ -185,7 +187,6 @@ __device__ __forceinline__ void mask_rows(float (&total)[kAccumulators], const K
 // k.
 __device__ __forceinline__ void store_zeros(void* d, const MathTile& tile) {
   constexpr int kRowChunks = config::kBlockN / 8;
-  constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
   const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads +
                      (config::kClusterK > 1 ? cluster_ctarank() * kMathThreads : 0);
   const int chunks = min(tile.rows, config::kBlockM) * kRowChunks;
@@ -215,7 +216,7 @@ __device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_
   const int count = __shfl_sync(0xffffffff, ld_shared_s32(smem.tile_count()), 0);
   for (int i = 0; i < count; ++i) {
     const MathTile tile = mainloop.next_tile();
-    if constexpr (config::kClusterK > 1) split_k.release();
+    if (config::kClusterK > 1 && i > 0) split_k.release();
     float total[kWaves][kAccumulators] = {};
     mainloop.run(total);
     const int m = tile.m + row;
@@ -264,22 +265,23 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     prefetch_tensormap(map_b);
     for (int stage = 0; stage < config::kNumStages; ++stage) {
       mbarrier_init(smem.full(stage), 2);
-      mbarrier_init(smem.empty(stage), 4 * config::kMathWarpgroups * kMulticast);
+      mbarrier_init(smem.empty(stage), kMathThreads / 32 * config::kArrivalsPerWarp * kMulticast);
     }
     if constexpr (config::kClusterK > 1) {
-      for (int warpgroup = 0; warpgroup < config::kMathWarpgroups; ++warpgroup) {
-        mbarrier_init(smem.partials_full(warpgroup), SplitK::kFullArrivals);
-        mbarrier_init(smem.partials_empty(warpgroup), SplitK::kEmptyArrivals);
+      for (int warp = 0; warp < 4 * config::kMathWarpgroups; ++warp) {
+        mbarrier_init(smem.exchange(warp), SplitK::kArrivals);
       }
     }
     fence_mbarrier_init();
   }
   __syncwarp();
 
-  // With multicast, loads go to peers, whose barriers must exist. Split-k waits for its peers when
-  // it first writes to them.
-  if constexpr (kClusterSize > 1) barrier_cluster_arrive_relaxed();
-  if constexpr (kMulticast > 1) barrier_cluster_wait();
+  // Before anything is sent to a peer, its barriers must exist. The producer looks for its first
+  // tile meanwhile.
+  if constexpr (kClusterSize > 1) {
+    barrier_cluster_arrive_relaxed();
+    if (!producer) barrier_cluster_wait();
+  }
 
   if (warp < 4) {
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_dec<40>();

@@ -208,11 +208,14 @@ class Mainloop {
 
   // Gives a stage back to the producers that write to it; whole warps.
   __device__ void release(int stage) const {
-    __syncwarp();  // one lane arrives for what all have read
-    const int lane = threadIdx.x % 32;
+    constexpr bool kEveryLane = config::kArrivalsPerWarp == 32;
     const uint32_t empty = smem_.empty(stage);
+    const int lane = threadIdx.x % 32;
+    if constexpr (!kEveryLane) __syncwarp();  // one lane arrives for what all have read
     if constexpr (kMulticast == 1) {
-      if (lane == 0) mbarrier_arrive(empty);
+      if (kEveryLane || lane == 0) mbarrier_arrive(empty);
+    } else if constexpr (kEveryLane) {
+      for (int rank = 0; rank < kMulticast; ++rank) mbarrier_arrive_remote(mapa(empty, rank));
     } else {
       if (lane < kMulticast) mbarrier_arrive_remote(mapa(empty, lane));
     }

@@ -61,17 +61,14 @@ struct Smem {
   __device__ uint32_t d(int warpgroup, int wave) const {
     return base + kLayout.d_offset() + (warpgroup * kLayout.waves() + wave) * kLayout.d_bytes();
   }
-  __device__ uint32_t partial(int warpgroup, int slot) const {
+  __device__ uint32_t partials(int warpgroup) const {
     return base + kLayout.partial_offset() +
-           (warpgroup * (config::kClusterK - 1) + slot) * kLayout.partial_bytes();
+           warpgroup * (config::kClusterK - 1) * kLayout.partial_bytes();
   }
   __device__ uint32_t full(int stage) const { return barrier(stage); }
   __device__ uint32_t empty(int stage) const { return barrier(config::kNumStages + stage); }
-  __device__ uint32_t partials_full(int warpgroup) const {
-    return barrier(2 * config::kNumStages + warpgroup);
-  }
-  __device__ uint32_t partials_empty(int warpgroup) const {
-    return barrier(2 * config::kNumStages + config::kMathWarpgroups + warpgroup);
+  __device__ uint32_t exchange(int math_warp) const {
+    return barrier(2 * config::kNumStages + math_warp);
   }
   __device__ uint32_t tile_count() const { return base + kLayout.tile_count_offset(); }
 

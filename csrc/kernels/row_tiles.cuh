@@ -2,15 +2,16 @@
 //
 // Dense: equal pieces. Grouped: the cut follows numbers in device memory, so nothing on the host
 // knows how many pieces there are. Rows come in runs (of one group, or of rows that become zero),
-// every run is cut on its own, and row tile t is looked up by searching the runs' prefix sums:
+// and every run is cut on its own. The producer warp looks them up, 32 runs (a page) at a time, one
+// for each lane:
 //
-//   once     32 lanes each add up a chunk of ceil(runs / 32) runs; a scan makes prefix sums
-//   a swath  lane i looks up row tile first + i: a binary search over the chunks by shuffles, then
-//            a walk through one chunk. The swath's other columns take it from the lane.
+//   once     a pass over all pages counts row tiles; of every page, or every few, a lane keeps how
+//            many row tiles and rows lie before it
+//   a swath  its first page is found among those; the page's runs are read again and counted by a
+//            scan, and lane i takes row tile i of the swath from the run that holds it. The swath's
+//            other columns take it from the lane.
 //
-// Up to 32 runs a lane has one at most; of 512 groups it has 17, in each of the two passes that
-// make the prefix sums, and walks through as many. Only the producer warp does it, a tile ahead of
-// the tensor cores.
+// A swath costs about a thousand cycles, less than the ring holds for the tensor cores.
 //
 // Runs that become zero come after all others, so a CTA multiplies first and clears afterwards.
 #pragma once
@@ -72,8 +73,9 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 // --- Runs of the groupings -----------------------------------------------------------------------
 //
-// `rows(run)` is what a run moves the next run's first row by; `start` is a run's first row by that
-// count, and ignored by groupings that lay runs out at fixed places.
+// `read(run)` is what device memory says of a run; the rest computes with that. Where kRowsMove, a
+// run's first row, `start`, is the sum of `rows` of those before it; other groupings lay runs out
+// at fixed places.
 
 // Group g: the first masked_m[g] of its max_m rows. The rest become zero after all groups, or stay.
 class MaskedRuns {
@@ -84,26 +86,31 @@ class MaskedRuns {
         max_m_(params.max_m),
         fill_zero_(params.fill_zero) {}
 
+  using Number = int;  // the group's rows that count
+  static constexpr bool kRowsMove = false;
+
   __device__ int count() const { return fill_zero_ ? 2 * groups_ : groups_; }
   __device__ bool multiplies(int run) const { return run < groups_; }
   __device__ int first_row() const { return 0; }
-  __device__ int rows(int) const { return 0; }
-  __device__ int tiles(int run, int) const { return ceil_div(length(run), config::kBlockM); }
 
-  __device__ RowTile tile(int run, int, int index) const {
+  __device__ Number read(int run) const {
+    return max(0, min(counts_[run < groups_ ? run : run - groups_], max_m_));
+  }
+  __device__ int tiles(int run, Number valid, int) const {
+    return ceil_div(length(run, valid), config::kBlockM);
+  }
+
+  __device__ RowTile tile(int run, Number valid, int, int index) const {
     const bool rest = run >= groups_;
     const int group = rest ? run - groups_ : run;
-    const int skipped = index * config::kBlockM + (rest ? valid(group) : 0);
-    const int rows = length(run);
-    return {group * max_m_ + skipped, rows - index * config::kBlockM, group,
+    const int skipped = index * config::kBlockM;
+    const int rows = length(run, valid);
+    return {group * max_m_ + (rest ? valid : 0) + skipped, rows - skipped, group,
             rest ? kZero : kMultiply, rows <= config::kBlockM};
   }
 
  private:
-  __device__ int valid(int group) const { return max(0, min(counts_[group], max_m_)); }
-  __device__ int length(int run) const {
-    return run < groups_ ? valid(run) : max_m_ - valid(run - groups_);
-  }
+  __device__ int length(int run, int valid) const { return run < groups_ ? valid : max_m_ - valid; }
 
   const int* counts_;
   int groups_;
@@ -131,17 +138,22 @@ class RaggedRuns {
     }
   }
 
+  using Number = int;  // the group's size; 0 for the two runs behind the groups
+  static constexpr bool kRowsMove = true;
+
   __device__ int count() const { return groups_ + 2; }
   __device__ bool multiplies(int run) const { return run < groups_; }
   __device__ int first_row() const { return first_row_; }
-  __device__ int rows(int run) const { return run < groups_ ? size(offset_ + run) : 0; }
-  __device__ int tiles(int run, int start) const {
-    return ceil_div(length(run, start), config::kBlockM);
+
+  __device__ Number read(int run) const { return run < groups_ ? size(offset_ + run) : 0; }
+  __device__ int rows(int, Number size) const { return size; }
+  __device__ int tiles(int run, Number size, int start) const {
+    return ceil_div(length(run, size, start), config::kBlockM);
   }
 
-  __device__ RowTile tile(int run, int start, int index) const {
+  __device__ RowTile tile(int run, Number size, int start, int index) const {
     const int skipped = index * config::kBlockM;
-    const int rows = length(run, start);
+    const int rows = length(run, size, start);
     const int first = run == groups_ + 1 ? 0 : start;
     return {first + skipped, rows - skipped, run, run < groups_ ? kMultiply : kZero,
             rows <= config::kBlockM};
@@ -152,8 +164,8 @@ class RaggedRuns {
   __device__ int size(int i) const {
     return i >= 0 && i < num_sizes_ ? max(0, min(sizes_[i], m_)) : 0;
   }
-  __device__ int length(int run, int start) const {
-    if (run < groups_) return saturating_add(start, size(offset_ + run), m_) - start;
+  __device__ int length(int run, int size, int start) const {
+    if (run < groups_) return saturating_add(start, size, m_) - start;
     return run == groups_ ? m_ - start : first_row_;
   }
 
@@ -173,30 +185,38 @@ class ContiguousRuns {
   __device__ explicit ContiguousRuns(const KernelParams& params)
       : block_groups_(params.groups), m_(params.m), windows_(ceil_div(params.m, kWindow)) {}
 
+  struct Number {  // block_groups of the window's first and last block
+    int first;
+    int last;
+  };
+  static constexpr bool kRowsMove = false;
+
   __device__ int count() const { return 2 * windows_; }
   __device__ bool multiplies(int run) const { return run < windows_; }
   __device__ int first_row() const { return 0; }
-  __device__ int rows(int) const { return 0; }
 
-  __device__ int tiles(int run, int) const {
-    const int window = run % windows_;
-    const bool grouped = max(block(window, 0), block(window, kBlocks - 1)) >= 0;
-    if (grouped != multiplies(run)) return 0;
-    if (splits(window)) return 2;
-    return ceil_div(min(kWindow, m_ - window * kWindow), config::kBlockM);
+  __device__ Number read(int run) const {
+    const int first = window(run) * kBlocks;
+    return {block(first), block(first + kBlocks - 1)};
   }
 
-  __device__ RowTile tile(int run, int, int index) const {
-    const int window = run % windows_;
-    const bool split = splits(window);
+  __device__ int tiles(int run, Number blocks, int) const {
+    const bool grouped = max(blocks.first, blocks.last) >= 0;
+    if (grouped != multiplies(run)) return 0;
+    if (splits(blocks)) return 2;
+    return ceil_div(min(kWindow, m_ - window(run) * kWindow), config::kBlockM);
+  }
+
+  __device__ RowTile tile(int run, Number blocks, int, int index) const {
+    const bool split = splits(blocks);
     const int height = split ? kContiguousAlignment : config::kBlockM;
-    const int m = window * kWindow + index * height;
-    const int first = block(window, split ? index : 0);
-    const int second = split ? first : block(window, kBlocks - 1);
+    const int m = window(run) * kWindow + index * height;
+    const int first = split && index == 1 ? blocks.last : blocks.first;
+    const int last = split ? first : blocks.last;
     // -1 is odd as well: beside a block with a group, one without is padding.
-    const bool mask = ((first | second) & 1) != 0;
+    const bool mask = ((first | last) & 1) != 0;
     const TileKind kind = !multiplies(run) ? kZero : mask ? kMultiplyMask : kMultiply;
-    return {m, min(height, m_ - m), max(first, second) >> 1, kind, false};
+    return {m, min(height, m_ - m), max(first, last) >> 1, kind, false};
   }
 
  private:
@@ -205,15 +225,13 @@ class ContiguousRuns {
   static constexpr int kBlocks = kWindow / kContiguousAlignment;
   static_assert(kBlocks <= 2, "a window has one block or two");
 
-  // block_groups of a window's block, -1 where it lies past the end.
-  __device__ int block(int window, int index) const {
-    const int i = window * kBlocks + index;
+  __device__ int window(int run) const { return run < windows_ ? run : run - windows_; }
+  // -1 past the end.
+  __device__ int block(int i) const {
     return i * kContiguousAlignment < m_ ? block_groups_[i] : -1;
   }
-  __device__ bool splits(int window) const {
-    if (kBlocks == 1) return false;
-    const int first = block(window, 0), second = block(window, 1);
-    return first >= 0 && second >= 0 && first >> 1 != second >> 1;
+  __device__ static bool splits(Number blocks) {
+    return blocks.first >= 0 && blocks.last >= 0 && blocks.first >> 1 != blocks.last >> 1;
   }
 
   const int* block_groups_;
@@ -271,28 +289,40 @@ class SwathCache {
   int kind_ = 0;
 };
 
+__device__ __forceinline__ int from_lane(int number, int lane) {
+  return __shfl_sync(0xffffffff, number, lane);
+}
+__device__ __forceinline__ ContiguousRuns::Number from_lane(ContiguousRuns::Number number,
+                                                            int lane) {
+  return {from_lane(number.first, lane), from_lane(number.last, lane)};
+}
+
 // The search described at the top.
 template <typename Runs>
 class SearchedRowTiles {
  public:
   __device__ explicit SearchedRowTiles(const KernelParams& params)
-      : runs_(params), m_(params.m), chunk_(ceil_div(runs_.count(), 32)) {
-    const int begin = min(laneid() * chunk_, runs_.count());
-    const int end = min(begin + chunk_, runs_.count());
-    int rows = 0;
-    for (int run = begin; run < end; ++run) rows = saturating_add(rows, runs_.rows(run), m_);
-    int total;
-    start_ = saturating_add(exclusive_scan(rows, m_, total), runs_.first_row(), m_);
-    int tiles = 0, multiply_tiles = 0;
-    int start = start_;
-    for (int run = begin; run < end; ++run) {
-      const int run_tiles = runs_.tiles(run, start);
-      tiles += run_tiles;
-      if (runs_.multiplies(run)) multiply_tiles += run_tiles;
-      start = saturating_add(start, runs_.rows(run), m_);
+      : runs_(params), m_(params.m), count_(0), multiply_count_(0) {
+    const int pages = ceil_div(runs_.count(), 32);
+    pages_per_lane_ = ceil_div(pages, 32);
+    int rows = runs_.first_row();
+    typename Runs::Number number = read(0);
+#pragma unroll 1
+    for (int page = 0, keeper = 0, kept = 0; page < pages; ++page) {
+      const typename Runs::Number ahead = read(page + 1);  // under way while this page is counted
+      if (kept == 0 && laneid() == keeper) {
+        tiles_before_ = count_;
+        start_ = rows;
+      }
+      if (++kept == pages_per_lane_) {
+        kept = 0;
+        ++keeper;
+      }
+      const Run run = locate(page, number, rows);
+      count_ += __reduce_add_sync(0xffffffff, run.tiles);
+      multiply_count_ += __reduce_add_sync(0xffffffff, runs_.multiplies(run.index) ? run.tiles : 0);
+      number = ahead;
     }
-    tiles_before_ = exclusive_scan(tiles, kNoLimit, count_);
-    multiply_count_ = __reduce_add_sync(0xffffffff, multiply_tiles);
   }
 
   __device__ int count() const { return count_; }
@@ -300,35 +330,75 @@ class SearchedRowTiles {
   __device__ int multiply_count() const { return multiply_count_; }
 
   __device__ RowTile get(int first, int index) {
-    if (!cache_.holds(first)) cache_.keep(first, find(min(first + laneid(), count_ - 1)));
+    if (!cache_.holds(first)) cache_.keep(first, find(first));
     return cache_.get(index);
   }
 
  private:
-  // Row tile t of this lane.
-  __device__ RowTile find(int t) const {
-    int chunk = 0;  // the last one that begins at or before t
+  struct Run {
+    int index;
+    int start;  // first row
+    int tiles;
+  };
+
+  // What is to be read of this lane's run of a page.
+  __device__ typename Runs::Number read(int page) const {
+    return runs_.read(min(page * 32 + laneid(), runs_.count() - 1));
+  }
+
+  // This lane's run of a page whose first row is `rows`, which becomes the next page's.
+  __device__ Run locate(int page, typename Runs::Number number, int& rows) const {
+    const int index = page * 32 + laneid();
+    const bool exists = index < runs_.count();
+    int start = 0;
+    if constexpr (Runs::kRowsMove) {
+      int total;
+      start = exclusive_scan(exists ? runs_.rows(index, number) : 0, m_, total);
+      start = saturating_add(rows, start, m_);
+      rows = saturating_add(rows, total, m_);
+    }
+    return {index, start, exists ? runs_.tiles(index, number, start) : 0};
+  }
+
+  // Row tile `first` + i for lane i of a swath.
+  __device__ RowTile find(int first) const {
+    const int t = min(first + min(laneid(), config::kRasterM - 1), count_ - 1);
+    // The last one that keeps a page which begins at or before the swath.
+    const int keeper = 31 - __clz(__ballot_sync(0xffffffff, tiles_before_ <= first));
+    int before = from_lane(tiles_before_, keeper);
+    int rows = from_lane(start_, keeper);
+    RowTile found = {};
+    bool missing = true;
+#pragma unroll 1
+    for (int page = keeper * pages_per_lane_; __any_sync(0xffffffff, missing); ++page) {
+      const typename Runs::Number number = read(page);
+      const Run run = locate(page, number, rows);
+      int total;
+      const int begin = before + exclusive_scan(run.tiles, kNoLimit, total);
+      int lane = 0;  // of the page's last run that begins at or before t
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      if (__shfl_sync(0xffffffff, tiles_before_, chunk + step) <= t) chunk += step;
+      for (int step = 16; step > 0; step /= 2) {
+        if (from_lane(begin, lane + step) <= t) lane += step;
+      }
+      const RowTile tile = runs_.tile(page * 32 + lane, from_lane(number, lane),
+                                      from_lane(run.start, lane), t - from_lane(begin, lane));
+      before += total;
+      if (missing && t < before) {
+        found = tile;
+        missing = false;
+      }
     }
-    int index = t - __shfl_sync(0xffffffff, tiles_before_, chunk);
-    int start = __shfl_sync(0xffffffff, start_, chunk);
-    int run = chunk * chunk_;
-    for (int tiles; index >= (tiles = runs_.tiles(run, start)); ++run) {
-      index -= tiles;
-      start = saturating_add(start, runs_.rows(run), m_);
-    }
-    return runs_.tile(run, start, index);
+    return found;
   }
 
   Runs runs_;
   int m_;
-  int chunk_;         // runs per lane
-  int start_;         // first row of this lane's chunk
-  int tiles_before_;  // row tiles of the lanes below
   int count_;
   int multiply_count_;
+  int pages_per_lane_;
+  // Before the first of the pages that this lane keeps.
+  int tiles_before_ = kNoLimit;
+  int start_ = 0;
   SwathCache cache_;
 };
 

@@ -11,7 +11,7 @@
 //              partials      math_warpgroups x (cluster_k - 1) x [store_rows x warpgroup_n] f32
 //              scale ring    num_stages x ([block_m + 4] f32 of SFA, [4] f32 of SFB, [4] i32: which
 //                            tile begins with this stage)
-//              barriers      full and empty per stage; two per math warpgroup with split-k
+//              barriers      full and empty per stage; with split-k one per math warp
 //              tile count    i32: tiles of this CTA that multiply
 #pragma once
 
@@ -48,13 +48,11 @@ struct SmemLayout {
 
   // With a second set of accumulators the next wgmma runs while the last one's result is promoted.
   // Where its registers do not fit beside the totals, the other warpgroup has to fill the gap.
-  // The exchange of partial sums under split-k takes some registers, too.
-  constexpr bool overlaps_promotion() const {
-    return (waves() + 2) * warpgroup_n() / 2 <= (cluster_k > 1 ? 160 : 192);
-  }
+  constexpr bool overlaps_promotion() const { return (waves() + 2) * warpgroup_n() / 2 <= 192; }
 
   // Rows of a wave that one CTA stores: with split-k each CTA of the cluster owns a slice.
   constexpr int store_rows() const { return kWgmmaM / cluster_k; }
+  constexpr int store_warps() const { return 4 / cluster_k; }
 
   // Columns of one store box: the widest swizzle (64 bf16 = 128 bytes) that divides the tile.
   constexpr int store_cols() const {
@@ -85,7 +83,7 @@ struct SmemLayout {
   }
   constexpr int barrier_offset() const { return scale_offset() + num_stages * scale_bytes(); }
   constexpr int num_barriers() const {
-    return 2 * num_stages + (cluster_k > 1 ? 2 * math_warpgroups : 0);
+    return 2 * num_stages + (cluster_k > 1 ? 4 * math_warpgroups : 0);
   }
   constexpr int tile_count_offset() const { return barrier_offset() + 8 * num_barriers(); }
   constexpr int total_bytes() const { return tile_count_offset() + 8; }

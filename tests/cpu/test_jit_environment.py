@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jit_process import reports, run
+from tests.jit_process import reports, run, run_package
 
 COMPILE = "report(compile())"
 
@@ -40,6 +40,19 @@ def test_switch_prints(switch: str, value: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["", "0"])
 def test_switches_off_print_nothing(value: str, tmp_path: Path) -> None:
     assert run(COMPILE, tmp_path, **dict.fromkeys(SWITCHES, value)).stderr == ""
+
+
+@pytest.mark.parametrize(("value", "arrivals"), [("1", 32), ("0", 1), ("", 1)])
+def test_racecheck_lets_every_thread_arrive(value: str, arrivals: int, tmp_path: Path) -> None:
+    body = """
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import _native
+problem = check_problem("test", 64, 136, 304, num_sms=132, op="dense")
+print(_native.kernel_source(problem, GemmConfig(64, 64, 4, 1).fields)[0])
+"""
+    text = run_package(body, tmp_path, DG_RACECHECK=value).stdout
+    assert f"constexpr int kArrivalsPerWarp = {arrivals};" in text
 
 
 def test_debug_tells_where_a_kernel_came_from(tmp_path: Path) -> None:

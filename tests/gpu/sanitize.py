@@ -1,6 +1,6 @@
 """Runs the kernels on a few small problems, for NVIDIA's compute-sanitizer.
 
-Run it from the repository's root, on a Hopper GPU, under three of the tools (`pip install
+Run it from the repository's root, on a Hopper GPU, under each of the four tools (`pip install
 nvidia-cuda-sanitizer-api` brings them where there is no CUDA toolkit); test_sanitize.py runs these
 very lines where compute-sanitizer is on the PATH:
 
@@ -9,6 +9,7 @@ very lines where compute-sanitizer is on the PATH:
     check="compute-sanitizer --error-exitcode 1"
     ours="--kernel-name kernel_substring=dg_gemm"
     $check --tool memcheck $ours --padding 512 python -m tests.gpu.sanitize
+    DG_RACECHECK=1 $check --tool racecheck $ours python -m tests.gpu.sanitize
     $check --tool synccheck $ours python -m tests.gpu.sanitize
     $check --tool initcheck --check-api-memory-access no python -m tests.gpu.sanitize
 
@@ -19,11 +20,10 @@ time, but initcheck must see them write what ours read. initcheck does not see w
 write, so it would call every copy of a result to the host uninitialised; it checks the kernels
 alone. The cases are few and small because the tools slow kernels down a hundredfold.
 
-racecheck (of CUDA 13.0) is not among them. It charges the bytes of bulk copies, unlike those of
-tensor copies, to the thread that issued them, does not know that they end with a barrier's
-transaction count, and reports every read of scales, and of a tile's announcement where two
-warpgroups read it, as a race with what the producer wrote: all of them accesses that the ring's
-barriers put in order. With clusters that split k it did not end.
+racecheck (of CUDA 13.0) follows mbarriers, but takes an arrival for that of one thread: where a lane
+arrives for its warp, after a __syncwarp that costs no instruction, it reports what the other lanes
+have read. With DG_RACECHECK every thread arrives for itself. It also expects all warps of a block to
+wait for a cluster barrier, or it hangs.
 
 Prints every case before it runs, so that a hang has a name, then the number of cases and the worst
 error of a row. The exit status is 1 if a result is wrong.

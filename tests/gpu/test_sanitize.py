@@ -21,8 +21,8 @@ TIMEOUT_SECONDS = 200
 
 # The indented lines of the docstring: what sets the shell up, then one command per tool.
 LINES = re.findall(r"^ {4}(.+)$", sanitize.__doc__ or "", flags=re.MULTILINE)
-SETUP = [line for line in LINES if not line.startswith("$check ")]
-COMMANDS = {line.split()[2]: line for line in LINES if line.startswith("$check --tool ")}
+COMMANDS = {line.split("--tool ")[1].split()[0]: line for line in LINES if "--tool " in line}
+SETUP = [line for line in LINES if line not in COMMANDS.values()]
 
 
 def check(command: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +50,7 @@ def result_of() -> Iterator[Callable[[str], subprocess.CompletedProcess[str]]]:
         yield lambda tool: results[tool].result()
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_tool_finds_no_errors(
     tool: str, result_of: Callable[[str], subprocess.CompletedProcess[str]]
 ) -> None:
