@@ -9,7 +9,8 @@ All of them compute, for each block, in float32 with IEEE rounding to the neares
     scale  = max(amax * fl(1 / largest), 2**-126), largest = 448 (e4m3fn) or 57344 (e5m2); or the
              smallest power of two, at least 2**-126, that is not below amax / largest;
              1 if amax < 2**-126
-    values = fp8(x * fl(1 / scale)), to the nearest, ties to even; NaN where x is NaN or +-Inf
+    values = fp8(x * fl(1 / scale)), to the nearest, ties to even; NaN, the byte 0x7f, where x is NaN or
+             +-Inf
 
 where fl is rounding to float32, and float32 numbers below 2**-126 count as zeros of their sign.
 The block's largest magnitude becomes `largest` but for power-of-two scales; nothing finite becomes
@@ -260,4 +261,4 @@ def _sizes(
     counts = check_integers(
         function, argument, masked_m, ("num_groups",), {"num_groups": x.shape[0]}
     )
-    return (counts[:, None],)
+    return (counts.reshape(-1, 1),)

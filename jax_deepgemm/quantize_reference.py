@@ -18,6 +18,7 @@ from jax_deepgemm.reference import BLOCK
 
 # The largest finite number of an FP8 type is 1.75 * 2**exponent.
 LARGEST_EXPONENT = {"float8_e4m3fn": 8, "float8_e5m2": 15}
+NAN_CODE = np.uint8(0x7F)  # of both types
 _SMALLEST_NORMAL = np.float32(2.0**-126)
 _LARGEST = np.finfo(np.float32).max
 _SIGN, _MAGNITUDE, _EXPONENT = np.uint32(1 << 31), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -60,7 +61,9 @@ def quantize(
     # One reciprocal per block instead of one division per value. Its rounding can carry amax past
     # the largest FP8 number by a few units in the last place, which the cast rounds back.
     scaled = blocks * (1.0 / scales)[..., :, None, :, None]
-    values = jnp.where(finite, scaled, jnp.nan).astype(dtype)
+    # XLA's cast of NaN to e5m2 is not the same bits in every fusion.
+    code = lax.bitcast_convert_type(jnp.where(finite, scaled, 0.0).astype(dtype), jnp.uint8)
+    values = lax.bitcast_convert_type(jnp.where(finite, code, NAN_CODE), dtype)
     values = values.reshape(*batch, row_blocks, block_rows, padded_k).reshape(x.shape)
     return values[..., :rows, :k], scales
 

@@ -137,14 +137,9 @@ __device__ __forceinline__ float reciprocal_of(float x) {
   return __fmaf_rn(r, __fmaf_rn(-x, r, 1.0f), r);
 }
 
-// Four scaled values in memory order. The conversion's NaN is 0x7f in both types; e5m2's is 0x7e
-// elsewhere, and nothing finite reaches 0x7c.
+// Four scaled values in memory order; NaN becomes 0x7f.
 __device__ __forceinline__ uint32_t pack_fp8(float v0, float v1, float v2, float v3) {
-  uint32_t word = cvt_fp8x2(v0, v1) | cvt_fp8x2(v2, v3) << 16;
-  if (kOutput == Fp8Type::kE5m2) {
-    word ^= __vcmpeq4(word & 0x7c7c7c7c, 0x7c7c7c7c) & 0x01010101;
-  }
-  return word;
+  return cvt_fp8x2(v0, v1) | cvt_fp8x2(v2, v3) << 16;
 }
 
 // The scale of a block, from the bits of its largest magnitude.
