@@ -9,8 +9,7 @@ All of them compute, for each block, in float32 with IEEE rounding to the neares
     scale  = max(amax * fl(1 / largest), 2**-126), largest = 448 (e4m3fn) or 57344 (e5m2); or the
              smallest power of two, at least 2**-126, that is not below amax / largest;
              1 if amax < 2**-126
-    values = fp8(x * fl(1 / scale)), to the nearest, ties to even; NaN, the byte 0x7f, where x is NaN or
-             +-Inf
+    values = fp8(x * fl(1 / scale)), to the nearest, ties to even; NaN (0x7f) where x is not finite
 
 where fl is rounding to float32, and float32 numbers below 2**-126 count as zeros of their sign.
 The block's largest magnitude becomes `largest` but for power-of-two scales; nothing finite becomes
@@ -243,7 +242,7 @@ def _options(function: str, dtype: DTypeLike, power_of_two: bool) -> dict[str, A
 def _sizes(
     function: str, x: jax.Array, columns: str, masked_m: Any, group_sizes: Any
 ) -> tuple[jax.Array, ...]:
-    """Returns what the primitive takes beside x: sizes [..., s] whose sum is the rows that count."""
+    """Returns what the primitive takes beside x: sizes [..., s] that add up to the valid rows."""
     if masked_m is None and group_sizes is None:
         return ()
     if masked_m is not None and group_sizes is not None:

@@ -65,9 +65,9 @@ def problem_of(
     """The launch for x [..., rows, k] and at most one array of sizes [..., s]."""
     *batch, rows, columns = x.shape
     num_batches = math.prod(batch)
-    if op == "quantize_per_token" or op == "silu_mul_quantize":
-        if not sizes:  # Tokens do not know of their neighbours: one matrix, and no ragged tiles.
-            num_batches, rows = 1, num_batches * rows
+    if op in ("quantize_per_token", "silu_mul_quantize") and not sizes:
+        # Tokens do not know of their neighbours: one matrix, and no ragged tiles.
+        num_batches, rows = 1, num_batches * rows
     return QuantizeProblem(
         op=OPS.index(op),
         input=INPUT_TYPES.index(np.dtype(x.dtype).name),

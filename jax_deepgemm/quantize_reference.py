@@ -71,9 +71,7 @@ def quantize(
 def block_scales(amax: jax.Array, dtype: Any, power_of_two: bool) -> jax.Array:
     """Returns the scales of blocks with these largest magnitudes."""
     exponent = LARGEST_EXPONENT[np.dtype(dtype).name]
-    scales = (
-        _power_of_two_scales(amax, exponent) if power_of_two else _amax_scales(amax, exponent)
-    )
+    scales = _power_of_two_scales(amax, exponent) if power_of_two else _amax_scales(amax, exponent)
     return jnp.where(amax >= _SMALLEST_NORMAL, scales, 1.0)
 
 
@@ -167,9 +165,7 @@ def _valid(x: jax.Array, sizes: tuple[jax.Array, ...]) -> jax.Array:
     return clear_invalid_rows(x, *sizes) if sizes else x
 
 
-def quantize_per_token(
-    x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool
-) -> Results:
+def quantize_per_token(x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool) -> Results:
     """Values and scales of 1 x 128 blocks; rows that do not count give zeros with the scale 1."""
     return quantize(_valid(x, sizes), 1, dtype, power_of_two)
 
@@ -192,9 +188,7 @@ def quantize_per_token_both(x: jax.Array, *, dtype: Any, power_of_two: bool) -> 
     )
 
 
-def silu_mul_quantize(
-    x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool
-) -> Results:
+def silu_mul_quantize(x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool) -> Results:
     """Values and scales of the 1 x 128 blocks of silu(gate) * up."""
     return quantize(silu_mul(_valid(x, sizes)), 1, dtype, power_of_two)
 

@@ -84,9 +84,7 @@ def block_shape(function: str, values: Any, scales: Any) -> tuple[int, int]:
     )
 
 
-def dequantize(
-    quantized: tuple[jax.Array, jax.Array], dtype: DTypeLike = jnp.float32
-) -> jax.Array:
+def dequantize(quantized: tuple[jax.Array, jax.Array], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Returns values * scales, computed in float32 and rounded once, to `dtype`.
 
     Args:

@@ -135,13 +135,15 @@ def inputs(kind: str, shape: tuple[int, ...], dtype: str, rng: np.random.Generat
     elif kind == "huge":
         x = np.clip(normal * 2.0**127, -LARGEST_FLOAT, LARGEST_FLOAT)
     elif kind == "ties":  # within a few units in the last place of where FP8 rounding tips over
-        fp8 = rng.choice(FP8_TYPES)
-        codes = np.arange(255, dtype=np.uint8).view(fp8).astype(np.float32)
-        codes = np.sort(codes[np.isfinite(codes) & (codes >= 0)])
         amax = np.exp2(rng.uniform(-9, 9, (*shape[:-1], 1))).astype(np.float32)
-        scale = amax * np.float32(1 / LARGEST[fp8])
-        x = (rng.choice((codes[1:] + codes[:-1]) / 2, shape) * scale).astype(np.float32)
-        x = (x.view(np.int32) + rng.integers(-3, 4, shape, np.int32)).view(np.float32)
+        parts = []
+        for fp8 in FP8_TYPES:
+            codes = np.arange(128, dtype=np.uint8).view(fp8).astype(np.float32)
+            codes = np.sort(codes[np.isfinite(codes) & (codes >= 0)])
+            middle = rng.choice((codes[1:] + codes[:-1]) / 2, shape)
+            part = (middle * (amax * np.float32(1 / LARGEST[fp8]))).astype(np.float32)
+            parts.append((part.view(np.int32) + rng.integers(-2, 3, shape)).astype(np.int32))
+        x = np.where(rng.random((*shape[:-1], 1)) < 0.5, *parts).view(np.float32)
         x[..., ::128] = amax
         x = np.minimum(np.abs(x), amax) * rng.choice([-1, 1], shape)
     elif kind == "zero":

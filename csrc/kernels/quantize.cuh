@@ -81,14 +81,15 @@ constexpr float kInverseLargest =
 
 // 16 bytes, or zeros if not `valid`; without a branch, so that loads follow each other closely. x
 // is read once: it need not stay in L1.
-__device__ __forceinline__ uint4 ld_global_nc_v4(const void* address, bool valid) {
+__device__ __forceinline__ uint4 ld_global_v4(const void* address, bool valid) {
   uint4 v;
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
       "  mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
-      "  @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      "  @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
       : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<int>(valid)));
+      : "l"(address), "r"(static_cast<int>(valid))
+      : "memory");
   return v;
 }
 
@@ -217,7 +218,7 @@ __device__ __forceinline__ Raw load(const char* x, int count, bool valid) {
   Raw raw = {};
   if (config::kVectorColumns) {
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) raw.words[i] = ld_global_nc_v4(x + 16 * i, valid);
+    for (int i = 0; i < kLoads; ++i) raw.words[i] = ld_global_v4(x + 16 * i, valid);
     return raw;
   }
   uint32_t words[4 * kLoads] = {};
@@ -248,6 +249,24 @@ __device__ __forceinline__ void store(char* out, uint32_t low, uint32_t high, in
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     if (valid && i < count) out[i] = static_cast<char>((i < 4 ? low : high) >> (8 * (i % 4)));
+  }
+}
+
+// Keeps the compiler from using the first value before the last load is issued, which it prefers
+// because it saves registers: all values depend on the outcome of a barrier, which is zero.
+__device__ __forceinline__ void wait_for_loads(const QuantizeParams& params, Raw (&raw)[kPieces],
+                                               Raw (&up)[kPieces]) {
+  const auto zero = static_cast<uint32_t>(__syncthreads_or(params.k < 0));
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      uint4& x = raw[i].words[j];
+      x = {x.x ^ zero, x.y ^ zero, x.z ^ zero, x.w ^ zero};
+      if (kOp != QuantizeOp::kSiluMul) continue;
+      uint4& y = up[i].words[j];
+      y = {y.x ^ zero, y.y ^ zero, y.z ^ zero, y.w ^ zero};
+    }
   }
 }
 
@@ -599,6 +618,7 @@ extern "C" __global__ void __launch_bounds__(dg::kQuantizeThreads, dg::config::k
           load(x + i * step + static_cast<long long>(params.k) * kInputBytes, tile.columns, valid);
     }
   }
+  wait_for_loads(params, raw, up);
   if constexpr (kOp == QuantizeOp::kPerBlock) quantize_block(params, tile, raw);
   if constexpr (writes_rows(kOp) && kOp != QuantizeOp::kPerBlock) {
     quantize_tokens(params, tile, raw, up);

@@ -170,7 +170,12 @@ INT = np.zeros(3, np.int32)
 @pytest.mark.parametrize(
     ("x", "options", "kind", "message"),
     [
-        (X, {"dtype": jnp.bfloat16}, TypeError, "dtype must be float8_e4m3fn or float8_e5m2, got bf"),
+        (
+            X,
+            {"dtype": jnp.bfloat16},
+            TypeError,
+            "dtype must be float8_e4m3fn or float8_e5m2, got bf",
+        ),
         (X, {"dtype": "fp8"}, TypeError, "dtype must be float8_e4m3fn or float8_e5m2, got 'fp8'"),
         (X, {"masked_m": INT}, ValueError, r"x must be \[num_groups, max_m, 2?[kf]\] where masked"),
         (GROUPS, {"group_sizes": INT}, ValueError, r"x must be \[m, 2?[kf]\] where group_sizes is"),
@@ -219,7 +224,9 @@ def test_symbolic_dimension_is_refused(op: str) -> None:
 def test_cuda_call(op: str, fp8: str) -> None:
     x = jax.ShapeDtypeStruct((2, 3, 72, 512), "float16")
     text = cuda_text(lambda x: run(op, x, dtype=fp8, power_of_two=True), x)
-    (call,) = [line for line in text.splitlines() if f"custom_call @{_native.QUANTIZE_TARGET}(" in line]
+    (call,) = [
+        line for line in text.splitlines() if f"custom_call @{_native.QUANTIZE_TARGET}(" in line
+    ]
     flat = op in SIZED_OPS
     k = 256 if op == "silu_mul_quantize" else 512
     for name, value in {
@@ -319,9 +326,7 @@ def test_export_for_cuda() -> None:
 def test_shard_map(op: str) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     x = oracle.inputs("normal", (8, 128, 256), "bfloat16", np.random.default_rng(6))
-    function = jax.shard_map(
-        lambda x: run(op, x), mesh=mesh, in_specs=P("x"), out_specs=P("x")
-    )
+    function = jax.shard_map(lambda x: run(op, x), mesh=mesh, in_specs=P("x"), out_specs=P("x"))
     for array, want in zip(
         jax.jit(function)(x), oracle.expected(op, x, "float8_e4m3fn", False), strict=True
     ):
@@ -335,7 +340,7 @@ def test_shard_map_result_varies_like_both_operands() -> None:
     def local(x: Any, counts: Any) -> jax.Array:
         return jax_deepgemm.quantize_per_token(x, masked_m=counts[0]).scales
 
-    with pytest.raises(ValueError, match="varying|replicat"):
+    with pytest.raises(ValueError, match=r"varying|replicat"):
         jax.shard_map(local, mesh=mesh, in_specs=(P(), P("x")), out_specs=P())(x, counts)
 
 
