@@ -19,6 +19,7 @@ from jax_deepgemm.layout import (
     get_m_alignment_for_contiguous_layout,
     get_tma_aligned_size,
 )
+from jax_deepgemm.linear import Linear
 from jax_deepgemm.quantize import (
     Quantized,
     quantize_per_block,
@@ -31,6 +32,7 @@ from jax_deepgemm.quantized_array import QuantizedArray, dequantize, quantized_s
 
 __all__ = [
     "GemmConfig",
+    "Linear",
     "Quantized",
     "QuantizedArray",
     "__version__",

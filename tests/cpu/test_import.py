@@ -34,7 +34,7 @@ FUNCTIONS = [
     "silu_mul_quantize",
     "smem_bytes",
 ]
-CLASSES = ["GemmConfig", "Quantized", "QuantizedArray"]
+CLASSES = ["GemmConfig", "Linear", "Quantized", "QuantizedArray"]
 
 
 def run_fresh(code: str) -> str:
