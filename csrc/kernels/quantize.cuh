@@ -491,7 +491,7 @@ __device__ __forceinline__ void quantize_block(const QuantizeParams& params, con
 
 // --- Scales of columns, and the transposed copy --------------------------------------------------
 
-struct TransposedSmem {
+struct alignas(16) TransposedSmem {
   uint32_t amax[kHalfWarps][kQuantizeBlock];  // of a half-warp's 8 rows
   float reciprocals[kQuantizeBlock];
   char values[kQuantizeBlock * kQuantizeBlock];  // [column][row], chunks of 16 bytes swizzled
@@ -585,7 +585,7 @@ __device__ __forceinline__ void store_transposed(const QuantizeParams& params, c
 
 __device__ __forceinline__ void quantize_transposed(const QuantizeParams& params, const Tile& tile,
                                                     Raw (&raw)[kPieces]) {
-  __shared__ alignas(16) TransposedSmem smem;
+  __shared__ TransposedSmem smem;
   if (!__syncthreads_and(column_magnitudes<false>(tile, raw, smem))) {
     set_nan_where_infinite(raw);
     column_magnitudes<true>(tile, raw, smem);
