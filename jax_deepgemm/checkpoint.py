@@ -445,9 +445,7 @@ def _flatten(
             )
         rows = values.shape[-2]
         if block_shape(function, values, scales)[0] != BLOCK and rows != 1:
-            raise ValueError(
-                f"{function}: {name} must have 128 x 128 blocks, got 1 x 128"
-            )
+            raise ValueError(f"{function}: {name} must have 128 x 128 blocks, got 1 x 128")
         if (values.ndim == 3) != ("{}" in name) or values.ndim not in (2, 3):
             raise ValueError(
                 f"{function}: {name} must have two dimensions, or three and {{}} in its name, "

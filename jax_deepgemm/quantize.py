@@ -1,7 +1,9 @@
 """Block-scaled FP8 quantisation: activations in 1 x 128 blocks, weights in 128 x 128.
 
 On a GPU each function is one kernel that reads its input once (csrc/kernels/quantize.cuh), on a
-CPU it is `quantize_reference`; both give the same bits. The inverse is `dequantize`.
+CPU it is `quantize_reference`; both give the same bits. The inverse is `dequantize`. Where
+`jax.jit` spreads a program over several GPUs, outside `jax.shard_map`, XLA partitions and compiles
+the jnp version, whose last bit is XLA's.
 
 All of them compute, for each block, in float32 with IEEE rounding to the nearest:
 

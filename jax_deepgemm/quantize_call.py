@@ -1,5 +1,7 @@
 """Quantisers as JAX primitives: abstract evaluation, the CPU's reference, the GPU's custom call.
 
+In a program that `jax.jit` spreads over several GPUs the reference takes the custom call's place.
+
 One custom-call target serves all of them: x as a matrix, then, where only some rows count, the
 sizes that say which; a struct of integers says what to do. csrc/ffi/quantize_handlers.cc is the
 other side. Scales of tokens leave it m-contiguous and padded to 16 bytes, as GEMMs read them
@@ -138,7 +140,9 @@ def _declare(op: str) -> Callable[..., Arrays]:
 
     primitive.def_abstract_eval(abstract_eval)
 
-    def cuda(x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool) -> list[jax.Array]:
+    def call_target(
+        x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool
+    ) -> list[jax.Array]:
         problem = problem_of(op, x, sizes, dtype=dtype, power_of_two=power_of_two)
         shapes = result_shapes(op, x.shape)
         matrices, layouts = [], []
@@ -160,8 +164,16 @@ def _declare(op: str) -> Callable[..., Arrays]:
             for result, shape in zip(call(*operands, problem=attributes), shapes, strict=True)
         ]
 
+    def cuda(context: Any, *operands: Any, **parameters: Any) -> Any:
+        # XLA cannot look into a custom call: in a program that `jit` partitions it would gather x,
+        # and each device would quantise all of it. It partitions the jnp version. Inside
+        # `shard_map` operands are shards, and the kernel runs.
+        several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
+        function = reference if several else call_target
+        return mlir.lower_fun(function, multiple_results=True)(context, *operands, **parameters)
+
     mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True), "cpu")
-    mlir.register_lowering(primitive, mlir.lower_fun(cuda, multiple_results=True), "cuda")
+    mlir.register_lowering(primitive, cuda, "cuda")
 
     def differentiate(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(

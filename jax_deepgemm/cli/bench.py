@@ -287,8 +287,8 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
                     _write(document, args.output)
     if args.quantize:
         layers = _torch_bf16(args) if "torch" in args.baselines else []
-        for part in quantizers.measure_all(flush, args.iterations, seed, layers):
-            document["quantize"] = part
+        for measured in quantizers.measure_all(flush, args.iterations, seed, layers):
+            document["quantize"] = measured
             if args.output:
                 _write(document, args.output)
     return document
@@ -374,7 +374,7 @@ def _torch_baselines(shapes: Sequence[Shape], args: argparse.Namespace) -> dict[
 
 
 def _torch_bf16(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """cuBLASLt's bf16 product of each layer that `quantizers` measures."""
+    """Times the bf16 product of each layer that `quantizers` measures, by cuBLASLt."""
     answer = _ask_torch(quantizers.LAYERS, args, kinds=["bf16"])
     if isinstance(answer, str):
         return [{"cublaslt_bf16_failed": answer}] * len(quantizers.LAYERS)

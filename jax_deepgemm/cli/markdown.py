@@ -27,9 +27,10 @@ def markdown(document: dict[str, Any]) -> str:
     for part, entries in moe.parts_of(document).items():
         if entries:
             blocks += [PART_HEADINGS[part], _moe_table(entries)]
-    if part := document.get("quantize"):
-        for name, caption in quantizers.captions(part).items():
-            blocks += [caption, _table(quantizers.HEADINGS[name], quantizers.lines_of(part, name))]
+    if measured := document.get("quantize"):
+        for name, caption in quantizers.captions(measured).items():
+            lines = quantizers.lines_of(measured, name)
+            blocks += [caption, _table(quantizers.HEADINGS[name], lines)]
     return "\n\n".join(blocks)
 
 

@@ -45,6 +45,7 @@ class Case(NamedTuple):
 
     @property
     def x_shape(self) -> tuple[int, ...]:
+        """The shape of the input."""
         columns = 2 * self.k if self.op == "silu_mul_quantize" else self.k
         return (*((self.groups,) if self.form == "masked" else ()), self.m, columns)
 
@@ -70,12 +71,11 @@ class Case(NamedTuple):
     @property
     def sizes(self) -> dict[str, jax.Array]:
         """The argument that says which rows count."""
-        if self.form == "dense":
-            return {}
-        counts = jnp.full(self.groups, self.valid, jnp.int32)
         if self.form == "masked":
-            return {"masked_m": counts}
-        return {"group_sizes": jnp.full(8, self.rows // 8, jnp.int32)}
+            return {"masked_m": jnp.full(self.groups, self.rows // self.groups, jnp.int32)}
+        if self.form == "ragged":
+            return {"group_sizes": jnp.full(8, self.rows // 8, jnp.int32)}
+        return {}
 
 
 OPS = (

@@ -77,7 +77,10 @@ def two_layers(power_of_two: bool = False) -> dict[str, Any]:
 
 
 def load_model(
-    opened: Checkpoint, model: dict[str, Any], shardings: dict[str, Any] | None = None, **options: Any
+    opened: Checkpoint,
+    model: dict[str, Any],
+    shardings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Loads everything that `model` has."""
     shardings = shardings or {}
@@ -345,7 +348,9 @@ def test_parts_end_with_a_block(tmp_path: pathlib.Path) -> None:
         for name in ("gate", "up")
     }
     save_checkpoint(tmp_path, tensors)
-    with pytest.raises(ValueError, match=r"gate.weight must have a multiple of 128 rows, because up"):
+    with pytest.raises(
+        ValueError, match=r"gate.weight must have a multiple of 128 rows, because up"
+    ):
         Checkpoint(tmp_path).load_quantized(["gate", "up"])
 
 
@@ -354,7 +359,9 @@ def test_writer_refuses_what_the_format_does_not_have(tmp_path: pathlib.Path) ->
     with pytest.raises(ValueError, match="w must have 128 x 128 blocks, got 1 x 128"):
         save_checkpoint(tmp_path, {"w": tokens})
     e5m2 = jax_deepgemm.quantize_per_block(np.ones((256, 128), np.float32), dtype="float8_e5m2")
-    with pytest.raises(TypeError, match="w must be float8_e4m3fn with float32 scales, got float8_e5"):
+    with pytest.raises(
+        TypeError, match="w must be float8_e4m3fn with float32 scales, got float8_e5"
+    ):
         save_checkpoint(tmp_path, {"w": e5m2})
     uneven = jax_deepgemm.quantize_per_block(np.full((128, 128), 3.0, np.float32))
     with pytest.raises(ValueError, match="must be normal powers of two"):
@@ -380,7 +387,7 @@ def test_truncated_data(tmp_path: pathlib.Path) -> None:
     save_checkpoint(tmp_path, two_layers())
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="the bytes of .* do not fit into"):
+    with pytest.raises(ValueError, match=r"the bytes of .* do not fit into"):
         Checkpoint(tmp_path)
 
 

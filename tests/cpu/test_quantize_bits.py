@@ -352,3 +352,20 @@ def test_sharded_rows_give_the_same_bits(op: str) -> None:
     got = jax.jit(lambda x: run(op, x))(sharded)
     for array, want in zip(got, oracle.expected(op, x, "float8_e4m3fn", False), strict=True):
         oracle.assert_same_bits(array, want)
+
+
+@every_op
+def test_cuda_programs_of_several_devices(op: str) -> None:
+    """XLA partitions jnp, and cannot partition a custom call; in shard_map it need not."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    x = jnp.ones((1024, 512), jnp.bfloat16)
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, P("x", None)))
+
+    def function(x: jax.Array) -> Any:
+        return run(op, x)
+
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    call = f"custom_call @{_native.QUANTIZE_TARGET}("
+    assert call not in cuda_text(function, sharded)
+    assert call in cuda_text(function, x)
+    assert call in cuda_text(mapped, sharded)

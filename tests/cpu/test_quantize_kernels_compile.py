@@ -1,7 +1,7 @@
 """Every kernel of the quantisers compiles to sound sm_90a code; no GPU is needed.
 
-The kernel is specialised to the operation, the types and a few properties of the sizes, so a handful
-of sizes of each gives all of them.
+The kernel is specialised to the operation, the types and a few properties of the sizes, so a
+handful of sizes of each gives all of them.
 """
 
 import concurrent.futures
@@ -68,9 +68,7 @@ def test_every_variant_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_resources(
-    name: str, builds: dict[str, concurrent.futures.Future[dict[str, Any]]]
-) -> None:
+def test_resources(name: str, builds: dict[str, concurrent.futures.Future[dict[str, Any]]]) -> None:
     result = builds[name].result()
     resources = result["resources"]
     assert resources["spill_bytes"] == 0, result["log"]
@@ -144,4 +142,6 @@ def test_only_tokens_take_sizes() -> None:
 def test_grid(op: str, rows: int, k: int, grid: int) -> None:
     problem = QuantizeProblem(OPS.index(op), 0, 0, 0, 1, rows, k, 0)
     assert _native.quantize_grid_size(problem) == grid
-    assert _native.quantize_grid_size(np.array(problem._replace(batch=3))) == 3 * grid or op in SIZED
+    assert (
+        _native.quantize_grid_size(np.array(problem._replace(batch=3))) == 3 * grid or op in SIZED
+    )

@@ -74,7 +74,11 @@ def test_dequantize(name: str, fp8: str, shape: tuple[int, ...]) -> None:
     [
         (np.ones((2, 2)), TypeError, "quantized must be a pair .values, scales., got ndarray"),
         ((1, 2), TypeError, "quantized must be a pair .values, scales. of arrays, got int"),
-        ((np.ones((2, 128)), np.ones((2, 1))), TypeError, "values must be float8_e4m3fn or .*float32"),
+        (
+            (np.ones((2, 128)), np.ones((2, 1))),
+            TypeError,
+            "values must be float8_e4m3fn or .*float32",
+        ),
         (
             (jnp.zeros((2, 128), "float8_e4m3fn"), jnp.ones((2, 1), jnp.bfloat16)),
             TypeError,
@@ -102,7 +106,7 @@ def test_sharding_of_a_pair(mesh: jax.sharding.Mesh) -> None:
     assert put.scales.sharding.shard_shape(put.scales.shape) == (2, 1, 4)
     same(put, q)
     same(jax.jit(lambda q: q, in_shardings=(shardings,))(q), q)
-    with pytest.raises(ValueError, match="shards of k must be a multiple of 128.* got 64 of 256"):
+    with pytest.raises(ValueError, match=r"shards of k must be a multiple of 128.* got 64 of 256"):
         quantized_sharding(NamedSharding(mesh, P(None, "x")), (128, 256))
     tokens = quantized_sharding(NamedSharding(mesh, P("x")), (8, 256), block_rows=1)
     assert tokens.scales.spec == P("x")
@@ -157,7 +161,12 @@ def test_linear(batch: tuple[int, ...], with_bias: bool) -> None:
     [
         (np.float32(1), None, ValueError, r"linear: x must be \[..., k\], got float32\[\]"),
         (np.ones(272), np.ones(3), ValueError, r"linear: bias must be \[136\] \(n\), got float"),
-        (np.ones(272), np.ones(136, int), TypeError, r"linear: bias must be floating point \[136\]"),
+        (
+            np.ones(272),
+            np.ones(136, int),
+            TypeError,
+            r"linear: bias must be floating point \[136\]",
+        ),
         (np.ones(272), 3.0, TypeError, r"linear: bias must be an array \[136\], got float"),
         (np.ones(256), None, ValueError, r"gemm_fp8_fp8_bf16_nt: b must be .*\[n, 256\]"),
         (np.ones(272, int), None, TypeError, r"quantize_per_token: x must be"),
@@ -201,7 +210,9 @@ def test_flax_nnx_from_a_checkpoint_weight() -> None:
     layer = dg_nnx.Linear(272, 136, use_bias=False, weight=weight)
     same(layer(normal(4, 272)), linear(normal(4, 272), weight))
     assert not np.asarray(dg_nnx.Linear(272, 136)(normal(4, 272))).any()
-    with pytest.raises(ValueError, match=r"nnx.Linear: weight must be \[128, 272\], got \[136, 272\]"):
+    with pytest.raises(
+        ValueError, match=r"nnx.Linear: weight must be \[128, 272\], got \[136, 272\]"
+    ):
         dg_nnx.Linear(272, 128, weight=weight)
     with pytest.raises(ValueError, match=r"nnx.Linear: bias must be \[136\], got \[3\]"):
         dg_nnx.Linear(272, 136, bias=jnp.ones(3))

@@ -1,4 +1,4 @@
-"""The quantisers' kernels on a Hopper GPU: bits, memory that is not theirs, repeatability, GEMMs."""
+"""The quantisers' kernels on a Hopper GPU: bits, foreign memory, repeatability, GEMMs."""
 
 import functools
 import re
@@ -275,9 +275,7 @@ def test_quantize_and_gemm_in_one_program(op: str, m: int) -> None:
     quantizer = getattr(jax_deepgemm, op)
 
     def layer(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jax_deepgemm.gemm_fp8_fp8_bf16_nt(
-            quantizer(x), jax_deepgemm.quantize_per_block(w)
-        )
+        return jax_deepgemm.gemm_fp8_fp8_bf16_nt(quantizer(x), jax_deepgemm.quantize_per_block(w))
 
     lhs = oracle.expected(op, x, "float8_e4m3fn", False)
     rhs = oracle.expected("quantize_per_block", w, "float8_e4m3fn", False)
