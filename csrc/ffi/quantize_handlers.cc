@@ -180,7 +180,8 @@ xffi::AnyBuffer Argument(const xffi::RemainingArgs& arguments, size_t index) {
 xffi::AnyBuffer Result(const xffi::RemainingRets& results, size_t index) {
   const xffi::ErrorOr<xffi::Result<xffi::AnyBuffer>> buffer = results.get<xffi::AnyBuffer>(index);
   if (buffer.has_error()) throw Error(ErrorCode::kInvalidArgument, buffer.error().message());
-  return **buffer;
+  xffi::Result<xffi::AnyBuffer> result = *buffer;  // whose operator* is not const in every version
+  return *result;
 }
 
 xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
