@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm
-from jax_deepgemm import QuantizedArray
+from jax_deepgemm import QuantizedArray, quantize_call
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.quantize_reference import exp_negative, silu_mul
 from tests import quantize_oracle as oracle
@@ -369,3 +369,11 @@ def test_cuda_programs_of_several_devices(op: str) -> None:
     assert call not in cuda_text(function, sharded)
     assert call in cuda_text(function, x)
     assert call in cuda_text(mapped, sharded)
+
+
+def test_an_operation_can_be_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Sizes of its own: lowered programs are kept.
+    x = jax.ShapeDtypeStruct((3, 7 * 128), "bfloat16")
+    monkeypatch.setattr(quantize_call, "LEFT_TO_XLA", frozenset({"quantize_per_block"}))
+    assert _native.QUANTIZE_TARGET not in cuda_text(lambda x: run("quantize_per_block", x), x)
+    assert _native.QUANTIZE_TARGET in cuda_text(lambda x: run("quantize_per_token", x), x)
