@@ -10,16 +10,16 @@
 //
 // A CTA has 256 threads, 16 half-warps, and one tile of x, which it keeps in registers between
 // finding amax and scaling. A half-warp reads 128 values of a row at once, 8 a lane: 256 bytes of
-// bf16. All of a thread's loads are issued before the first is used; with 32 KB of bf16 a CTA and
-// 3 or 4 CTAs an SM, more bytes are in flight than the memory's latency times its rate (about 18 KB
-// an SM).
+// bf16. All of a thread's loads are issued before the first is used (`wait_for_loads`): with 32 KB
+// of bf16 a CTA and 2 or 3 CTAs an SM, more bytes are in flight than the memory's latency times its
+// rate (about 18 KB an SM).
 //
-//   op           tile           a half-warp's 128-value pieces    amax is taken over
-//   per token    32 x 128 * g   piece 16 i + h of the tile         its 16 lanes
-//   SwiGLU       32 x 128 * g   the same, of gate and of up        its 16 lanes
-//   per block    128 x 128      rows h, 16 + h, 32 + h, ...        the CTA, through shared memory
-//   transposed   128 x 128      rows 8 h to 8 h + 7                columns: its 8 rows, then the
-//   CTA
+//   op            tile            128-value pieces of half-warp h     amax is taken over
+//   per token     32 x 128 * g    piece 16 i + h of the tile          its 16 lanes
+//   SwiGLU        32 x 128 * g    the same, of gate and of up         its 16 lanes
+//   per block     128 x 128       rows h, 16 + h, 32 + h, ...         the CTA
+//   transposed    128 x 128       rows 8 h to 8 h + 7                 columns of the CTA
+//   both          128 x 128       rows 8 h to 8 h + 7                 its 16 lanes, then columns
 //
 // Scales of tokens lie m-contiguous, as GEMMs read them. The 32 rows of a tile are 128 bytes there:
 // the CTA collects its scales in shared memory and writes whole sectors. The transposed copy goes
