@@ -24,7 +24,7 @@ SIZED_OPS = ("quantize_per_token", "silu_mul_quantize")
 
 # Sizes with wide and narrow tiles (few rows or many), with wide and single loads and stores, edges
 # in both directions, several matrices.
-SHAPES = [(1, 2), (3, 128), (64, 4096), (65, 400), (2, 3, 72, 512), (2, 131, 258), (272, 384)]
+SHAPES = [(1, 2), (3, 128), (64, 1024), (65, 400), (2, 3, 72, 512), (2, 131, 258), (272, 384)]
 LARGE = (1000, 4608)  # the widest tiles of all operations
 
 
@@ -62,9 +62,9 @@ def test_bits(op: str, power_of_two: bool, fp8: str, dtype: str) -> None:
         for kind in oracle.KINDS:
             x = oracle.inputs(kind, shape, dtype, rng)
             check(op, x, fp8, power_of_two, f"{kind} {shape}")
-    for kind in ("normal", "ties", "bad"):
-        x = oracle.inputs(kind, LARGE, dtype, rng)
-        check(op, x, fp8, power_of_two, f"{kind} {LARGE}")
+    x = oracle.inputs("ties", LARGE, dtype, rng)
+    x[[0, 500, 999], [0, 300, 4607]] = np.nan, np.inf, -np.inf
+    check(op, x, fp8, power_of_two, f"ties {LARGE}")
 
 
 @pytest.mark.parametrize("op", ["quantize_per_token", "quantize_per_block"])
