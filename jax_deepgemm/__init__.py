@@ -19,13 +19,25 @@ from jax_deepgemm.layout import (
     get_m_alignment_for_contiguous_layout,
     get_tma_aligned_size,
 )
-from jax_deepgemm.quantize import Quantized, quantize_per_block, quantize_per_token
+from jax_deepgemm.linear import Linear
+from jax_deepgemm.quantize import (
+    Quantized,
+    quantize_per_block,
+    quantize_per_token,
+    quantize_per_token_both,
+    quantize_per_token_transposed,
+    silu_mul_quantize,
+)
+from jax_deepgemm.quantized_array import QuantizedArray, dequantize, quantized_sharding
 
 __all__ = [
     "GemmConfig",
+    "Linear",
     "Quantized",
+    "QuantizedArray",
     "__version__",
     "backend",
+    "dequantize",
     "gemm_fp8_fp8_bf16_nt",
     "get_col_major_tma_aligned_tensor",
     "get_m_alignment_for_contiguous_layout",
@@ -37,7 +49,11 @@ __all__ = [
     "m_grouped_gemm_fp8_fp8_bf16_nt_ragged",
     "quantize_per_block",
     "quantize_per_token",
+    "quantize_per_token_both",
+    "quantize_per_token_transposed",
+    "quantized_sharding",
     "select_config",
     "set_num_sms",
+    "silu_mul_quantize",
     "smem_bytes",
 ]

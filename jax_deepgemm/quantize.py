@@ -1,75 +1,93 @@
-"""Block-scaled FP8 quantisation in `jax.numpy`: activations in 1 x 128, weights in 128 x 128.
+"""Block-scaled FP8 quantisation: activations in 1 x 128 blocks, weights in 128 x 128.
 
-The inverse, `dequantize_per_token` and `dequantize_per_block`, is in `reference.py`.
+On a GPU each function is one kernel that reads its input once (csrc/kernels/quantize.cuh), on a
+CPU it is `quantize_reference`; both give the same bits. The inverse is `dequantize`. Where
+`jax.jit` spreads a program over several GPUs, outside `jax.shard_map`, XLA partitions and compiles
+the jnp version, whose last bit is XLA's.
+
+All of them compute, for each block, in float32 with IEEE rounding to the nearest:
+
+    amax   = the largest finite magnitude in the block
+    scale  = max(amax * fl(1 / largest), 2**-126), largest = 448 (e4m3fn) or 57344 (e5m2); or the
+             smallest power of two, at least 2**-126, that is not below amax / largest;
+             1 if amax < 2**-126
+    values = fp8(x * fl(1 / scale)), to the nearest, ties to even; NaN (0x7f) where x is not finite
+
+where fl is rounding to float32, and float32 numbers below 2**-126 count as zeros of their sign.
+The block's largest magnitude becomes `largest` but for power-of-two scales; nothing finite becomes
+NaN or Inf.
 """
 
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jax_deepgemm.reference import BLOCK
+from jax_deepgemm.operands import check_integers, check_static
+from jax_deepgemm.quantize_call import OUTPUT_TYPES, bind
+from jax_deepgemm.quantized_array import QuantizedArray
+
+Quantized = QuantizedArray
+"""The earlier name of `QuantizedArray`."""
 
 _FLOAT_TYPES = ("bfloat16", "float16", "float32", "float64")
-_E4M3_MAX = 448.0  # the largest e4m3fn number
-_SMALLEST_NORMAL = 2.0**-126  # of float32
 
 
-class Quantized(NamedTuple):
-    """An FP8 array with the scales of its blocks: the operand of every GEMM of this package.
+def quantize_per_token(
+    x: ArrayLike,
+    *,
+    power_of_two: bool = False,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    masked_m: ArrayLike | None = None,
+    group_sizes: ArrayLike | None = None,
+) -> QuantizedArray:
+    """Casts activations to FP8, values = x / scales, with one scale per 1 x 128 block.
 
-    Element [i, j] stands for `values[i, j] * scales[i, j // 128]` after `quantize_per_token`, and
-    for `values[i, j] * scales[i // 128, j // 128]` after `quantize_per_block`.
-
-    Attributes:
-        values: float8_e4m3fn, the shape of the array that was quantised.
-        scales: float32, one for each block; positive, finite and normal.
-    """
-
-    values: jax.Array
-    scales: jax.Array
-
-
-# Exported functions that take or return one can be saved.
-export.register_namedtuple_serialization(Quantized, serialized_name="jax_deepgemm.Quantized")
-
-
-def quantize_per_token(x: ArrayLike, *, power_of_two: bool = False) -> Quantized:
-    """Casts activations to FP8, values = x / scales, with scales = amax / 448 per 1 x 128 block.
-
-    amax is the largest finite magnitude among a row's 128 consecutive values of k (fewer in the
-    last block if k is no multiple of 128), so that it becomes 448, the largest e4m3fn number.
+    scale = amax / largest, of the largest finite magnitude among a row's 128 consecutive values of
+    k (fewer in the last block if k is no multiple of 128) and the largest FP8 number, 448 for
+    e4m3fn. The module's docstring has the formula to the bit.
 
     - A block without a finite non-zero value gets the scale 1; its zeros stay zeros.
-    - NaN and +-Inf become NaN, the one non-finite value of e4m3fn. They do not count in amax: the
-      rest of their block keeps its accuracy.
-    - Scales stop at 2**-126, the smallest normal float32, and subnormal float32 input may become
-      zero, as XLA flushes it on some backends.
+    - NaN and +-Inf become NaN. They do not count in amax: the rest of their block keeps its
+      accuracy.
+    - float32 numbers below 2**-126 are zeros, and scales stop there.
 
     Args:
         x: bfloat16, float16, float32 or float64 [..., m, k]; float64 is rounded to float32 first.
         power_of_two: rounds each scale up to a power of two, so that scaling is exact.
+        dtype: float8_e4m3fn, which GEMMs take, or float8_e5m2.
+        masked_m: int32[num_groups], of x [num_groups, max_m, k]: only the first masked_m[g] rows of
+            group g count, as for `m_grouped_gemm_fp8_fp8_bf16_nt_masked`. On a GPU the others are
+            neither read nor written, and hold whatever was in that memory; on a CPU they are zeros
+            with the scale 1.
+        group_sizes: int32[num_sizes], of x [m, k]: only the first sum(group_sizes) rows count, as
+            for `m_grouped_gemm_fp8_fp8_bf16_nt_ragged`; negative sizes count as 0. The others as
+            with masked_m.
 
     Returns:
-        Quantized(float8_e4m3fn[..., m, k], float32[..., m, ceil(k/128)]).
+        QuantizedArray(dtype[..., m, k], float32[..., m, ceil(k/128)]). On a GPU the scales lie in
+        memory as GEMMs read them, m contiguous.
 
     Raises:
-        TypeError: x is not one of these floating-point types
+        TypeError: x, dtype, masked_m or group_sizes is of another type
             ("quantize_per_token: x must be ..., got int32[4, 128]").
-        ValueError: x has fewer than two dimensions (same form).
+        ValueError: x has fewer than two dimensions, masked_m or group_sizes does not fit it, or
+            both are given (same form).
 
     Source: DeepSeek-V3 technical report, section 3.3.2 (fine-grained quantisation).
     """
-    quantized: Quantized = _quantize(_checked("quantize_per_token", x, "m"), 1, power_of_two)
-    return quantized
+    name = "quantize_per_token"
+    array = _checked(name, x, "[..., m, k]")
+    sizes = _sizes(name, array, "k", masked_m, group_sizes)
+    return QuantizedArray(*bind[name](array, *sizes, **_options(name, dtype, power_of_two)))
 
 
-def quantize_per_block(x: ArrayLike, *, power_of_two: bool = False) -> Quantized:
-    """Casts weights to FP8, values = x / scales, with scales = amax / 448 per 128 x 128 block.
+def quantize_per_block(
+    x: ArrayLike, *, power_of_two: bool = False, dtype: DTypeLike = jnp.float8_e4m3fn
+) -> QuantizedArray:
+    """Casts weights to FP8, values = x / scales, with one scale per 128 x 128 block.
 
     Blocks at the lower and right edge are smaller if n or k is no multiple of 128. Zero blocks,
     NaN, Inf and tiny values are treated as by `quantize_per_token`.
@@ -77,75 +95,171 @@ def quantize_per_block(x: ArrayLike, *, power_of_two: bool = False) -> Quantized
     Args:
         x: bfloat16, float16, float32 or float64 [..., n, k]; float64 is rounded to float32 first.
         power_of_two: rounds each scale up to a power of two, so that scaling is exact.
+        dtype: float8_e4m3fn, which GEMMs take, or float8_e5m2.
 
     Returns:
-        Quantized(float8_e4m3fn[..., n, k], float32[..., ceil(n/128), ceil(k/128)]).
+        QuantizedArray(dtype[..., n, k], float32[..., ceil(n/128), ceil(k/128)]).
 
     Raises:
-        TypeError: x is not one of these floating-point types
+        TypeError: x or dtype is of another type
             ("quantize_per_block: x must be ..., got int32[128, 128]").
         ValueError: x has fewer than two dimensions (same form).
 
     Source: DeepSeek-V3 technical report, section 3.3.2 (fine-grained quantisation).
     """
-    quantized: Quantized = _quantize(_checked("quantize_per_block", x, "n"), BLOCK, power_of_two)
-    return quantized
+    name = "quantize_per_block"
+    array = _checked(name, x, "[..., n, k]")
+    return QuantizedArray(*bind[name](array, **_options(name, dtype, power_of_two)))
 
 
-def _checked(function: str, x: ArrayLike, rows: str) -> jax.Array:
-    """Returns x as an array, or raises in the name of `function`, whose x is [..., rows, k]."""
+def quantize_per_token_transposed(
+    x: ArrayLike, *, power_of_two: bool = False, dtype: DTypeLike = jnp.float8_e4m3fn
+) -> QuantizedArray:
+    """Casts to FP8 with one scale per 128 x 1 block, along m, and transposes, in one pass.
+
+    The result is `quantize_per_token` of x transposed. The gradient of a weight, dy.T @ x, sums
+    over tokens: that is the GEMM of two arrays with m last, and scales along m.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 [..., m, k]; float64 is rounded to float32 first.
+        power_of_two: rounds each scale up to a power of two, so that scaling is exact.
+        dtype: float8_e4m3fn, which GEMMs take, or float8_e5m2.
+
+    Returns:
+        QuantizedArray(dtype[..., k, m], float32[..., k, ceil(m/128)]).
+
+    Raises:
+        TypeError: x or dtype is of another type
+            ("quantize_per_token_transposed: x must be ..., got int32[4, 128]").
+        ValueError: x has fewer than two dimensions (same form).
+
+    Source: DeepSeek-V3 technical report, section 3.3.2 (128 x 1 tiles in the backward pass).
+    """
+    name = "quantize_per_token_transposed"
+    array = _checked(name, x, "[..., m, k]")
+    return QuantizedArray(*bind[name](array, **_options(name, dtype, power_of_two)))
+
+
+def quantize_per_token_both(
+    x: ArrayLike, *, power_of_two: bool = False, dtype: DTypeLike = jnp.float8_e4m3fn
+) -> tuple[QuantizedArray, QuantizedArray]:
+    """Returns `quantize_per_token` and `quantize_per_token_transposed` of x, which is read once.
+
+    Training needs both of an activation: along k for the forward product, along m for the gradient
+    of the weight.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 [..., m, k]; float64 is rounded to float32 first.
+        power_of_two: rounds each scale up to a power of two, so that scaling is exact.
+        dtype: float8_e4m3fn, which GEMMs take, or float8_e5m2.
+
+    Returns:
+        QuantizedArray(dtype[..., m, k], float32[..., m, ceil(k/128)]) and
+        QuantizedArray(dtype[..., k, m], float32[..., k, ceil(m/128)]).
+
+    Raises:
+        TypeError: x or dtype is of another type
+            ("quantize_per_token_both: x must be ..., got int32[4, 128]").
+        ValueError: x has fewer than two dimensions (same form).
+
+    Source: DeepSeek-V3 technical report, section 3.3.2.
+    """
+    name = "quantize_per_token_both"
+    array = _checked(name, x, "[..., m, k]")
+    results = bind[name](array, **_options(name, dtype, power_of_two))
+    return QuantizedArray(*results[:2]), QuantizedArray(*results[2:])
+
+
+def silu_mul_quantize(
+    x: ArrayLike,
+    *,
+    power_of_two: bool = False,
+    dtype: DTypeLike = jnp.float8_e4m3fn,
+    masked_m: ArrayLike | None = None,
+    group_sizes: ArrayLike | None = None,
+) -> QuantizedArray:
+    """SwiGLU and the cast of its result, in one pass: `quantize_per_token(silu(gate) * up)`.
+
+    gate is x[..., :f] and up x[..., f:], as one GEMM with the weights of both returns them; silu(g)
+    is g / (1 + exp(-g)). The product is computed in float32, not rounded to x's type in between,
+    with a relative error of about 2**-22 * (1 + |gate|), by the same steps and to the same bits on
+    every backend (`quantize_reference.silu_mul`). Finite numbers whose product float32 cannot hold
+    give its largest number.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 [..., m, 2f]; float64 is rounded to float32 first.
+        power_of_two: as for `quantize_per_token`.
+        dtype: as for `quantize_per_token`.
+        masked_m: as for `quantize_per_token`.
+        group_sizes: as for `quantize_per_token`.
+
+    Returns:
+        QuantizedArray(dtype[..., m, f], float32[..., m, ceil(f/128)]).
+
+    Raises:
+        TypeError: x, dtype, masked_m or group_sizes is of another type
+            ("silu_mul_quantize: x must be ..., got int32[4, 128]").
+        ValueError: x has fewer than two dimensions or an odd number of columns, masked_m or
+            group_sizes does not fit it, or both are given (same form).
+
+    Source: DeepSeek-V3 technical report, section 3.2; Shazeer, "GLU Variants Improve Transformer".
+    """
+    name = "silu_mul_quantize"
+    array = _checked(name, x, "[..., m, 2f]")
+    if array.shape[-1] % 2:
+        raise ValueError(
+            f"{name}: x must be [..., m, 2f], gate and up side by side, got "
+            f"{array.dtype}{list(array.shape)}"
+        )
+    sizes = _sizes(name, array, "2f", masked_m, group_sizes)
+    return QuantizedArray(*bind[name](array, *sizes, **_options(name, dtype, power_of_two)))
+
+
+def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
+    """Returns x as an array of at most 32 bits, or raises in the name of `function`."""
     array = jnp.asarray(x)
-    expected = f"{', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} [..., {rows}, k]"
+    expected = f"{', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
     message = f"{function}: x must be {expected}, got {array.dtype}{list(array.shape)}"
     if array.dtype.name not in _FLOAT_TYPES:
         raise TypeError(message)
     if array.ndim < 2:
         raise ValueError(message)
-    return array
+    check_static(function, **{f"x.shape[{axis}]": size for axis, size in enumerate(array.shape)})
+    return array.astype(jnp.float32) if array.dtype == jnp.float64 else array
 
 
-# Compiled as one function so that a call outside jit makes no full-size float32 temporaries.
-@partial(jax.jit, static_argnums=(1, 2))
-def _quantize(x: jax.Array, block_rows: int, power_of_two: bool) -> Quantized:
-    """Quantises x [..., rows, k] in blocks of `block_rows` x 128."""
-    *batch, rows, k = x.shape
-    row_blocks, k_blocks = -(-rows // block_rows), -(-k // BLOCK)
-
-    x = x.astype(jnp.float32)
-    padding = (row_blocks * block_rows - rows, k_blocks * BLOCK - k)
-    if any(padding):
-        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, extra) for extra in padding])
-    # One dimension at a time, the reshapes keep a sharding of rows or k, explicit ones too.
-    padded_k = k_blocks * BLOCK
-    blocks = x.reshape(*batch, row_blocks, block_rows, padded_k)
-    blocks = blocks.reshape(*batch, row_blocks, block_rows, k_blocks, BLOCK)
-
-    finite = jnp.isfinite(blocks)
-    amax = jnp.max(jnp.where(finite, jnp.abs(blocks), 0.0), axis=(-3, -1))
-    scales = _power_of_two_scales(amax) if power_of_two else _scales(amax)
-    # Below 2**-126 a float32 is zero to some backends and not to others: a zero to all here.
-    scales = jnp.where(amax >= _SMALLEST_NORMAL, scales, 1.0)
-
-    # One reciprocal per block instead of one division per value. Its rounding can carry amax past
-    # 448 by a few units in the last place, which the cast rounds back.
-    scaled = blocks * (1.0 / scales)[..., :, None, :, None]
-    values = jnp.where(finite, scaled, jnp.nan).astype(jnp.float8_e4m3fn)
-    values = values.reshape(*batch, row_blocks, block_rows, padded_k).reshape(x.shape)
-    values = values[..., :rows, :k]
-    return Quantized(values, scales)
+def _options(function: str, dtype: DTypeLike, power_of_two: bool) -> dict[str, Any]:
+    """Returns a primitive's parameters, or raises in the name of `function`."""
+    try:
+        output = np.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {dtype!r}"
+        ) from error
+    if output.name not in OUTPUT_TYPES:
+        raise TypeError(f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {output.name}")
+    return {"dtype": output, "power_of_two": bool(power_of_two)}
 
 
-def _scales(amax: jax.Array) -> jax.Array:
-    """Returns amax / 448, not below the smallest normal float32."""
-    # XLA turns a division by a constant into this multiplication; written out, it is the same
-    # everywhere. It differs from the division by at most one unit in the last place.
-    return jnp.maximum(amax * np.float32(1.0 / _E4M3_MAX), _SMALLEST_NORMAL)
-
-
-def _power_of_two_scales(amax: jax.Array) -> jax.Array:
-    """Returns the smallest normal power of two that is not below amax / 448, exactly."""
-    # 448 = 1.75 * 2**8, so amax = 1.f * 2**e needs 2**(e - 8), or twice that if 1.f > 1.75. Adding
-    # 1 - 0.75 (less one unit) to the fraction carries into the exponent in just that case.
-    bits = lax.bitcast_convert_type(amax, jnp.uint32)
-    exponent = ((bits + 0x1FFFFF) >> 23).astype(jnp.int32) - 8
-    return lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
+def _sizes(
+    function: str, x: jax.Array, columns: str, masked_m: Any, group_sizes: Any
+) -> tuple[jax.Array, ...]:
+    """Returns what the primitive takes beside x: sizes [..., s] that add up to the valid rows."""
+    if masked_m is None and group_sizes is None:
+        return ()
+    if masked_m is not None and group_sizes is not None:
+        raise ValueError(f"{function}: masked_m and group_sizes must not be given together")
+    argument = "group_sizes" if masked_m is None else "masked_m"
+    form = ("m", columns) if masked_m is None else ("num_groups", "max_m", columns)
+    if x.ndim != len(form):
+        raise ValueError(
+            f"{function}: x must be [{', '.join(form)}] where {argument} is given, "
+            f"got {x.dtype}{list(x.shape)}"
+        )
+    if masked_m is None:
+        sizes = check_integers(function, argument, group_sizes, ("num_sizes",), {})
+        return (sizes if sizes.shape[0] else jnp.zeros(1, jnp.int32),)
+    counts = check_integers(
+        function, argument, masked_m, ("num_groups",), {"num_groups": x.shape[0]}
+    )
+    return (counts.reshape(-1, 1),)

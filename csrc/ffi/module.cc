@@ -14,6 +14,7 @@
 #include "csrc/ffi/handlers.h"
 #include "csrc/ffi/jit_bindings.h"
 #include "csrc/ffi/plan.h"
+#include "csrc/ffi/quantize_bindings.h"
 #include "csrc/gemm/config.h"
 #include "csrc/gemm/kernel_source.h"
 #include "csrc/gemm/select.h"
@@ -120,4 +121,5 @@ NB_MODULE(_native, m) {
   m.doc() = "Native part of jax_deepgemm: FFI handlers, kernel selection and compilation.";
   dg::ffi::BindJit(m);
   dg::ffi::BindGemm(m);
+  dg::ffi::BindQuantize(m);
 }

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import machine, moe, tables, torch_baseline
+from jax_deepgemm.cli import machine, moe, quantizers, tables, torch_baseline
 from jax_deepgemm.cli.compare import (
     KEY_FIELDS,
     comparison_table,
@@ -79,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="also measure uneven and mostly empty groups, and JAX's own grouped products",
+    )
+    parser.add_argument(
+        "--quantize",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also measure the quantisers against a copy and XLA, and quantise + GEMM against bf16",
     )
     parser.add_argument(
         "--output",
@@ -162,6 +168,8 @@ def load_results(text: str) -> dict[str, Any]:
     for part, entries in moe.parts_of(document).items():
         for entry in entries:
             _require(f"{text}: an entry of {part}", entry, {*moe.ENTRY_FIELDS, "ragged"})
+    for entry in quantizers.entries_of(document):
+        _require(f"{text}: an entry of quantize", entry, {"op", "m", "k"})
     return document
 
 
@@ -204,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     entries = itertools.chain(*moe.parts_of(document).values())
     good = all(map(is_good, document["rows"])) and all(map(moe.is_good, entries))
+    good = good and all(map(quantizers.is_good, quantizers.entries_of(document)))
     return 0 if good else 1
 
 
@@ -216,6 +225,8 @@ def _report(document: dict[str, Any], peer: dict[str, Any] | None) -> bool:
         show(tables.sweep_table(document["rows"]))
     for part, entries in moe.parts_of(document).items():
         show(moe.moe_table(part, entries))
+    for table in quantizers.tables_of(document):
+        show(table)
     show(f"host cost of a jitted call, us: {document['host_call_us']}")
     if peer:
         if not matching_times(document["rows"], peer["rows"]):
@@ -274,6 +285,12 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
                 document["moe"][part].append(entry)
                 if args.output:
                     _write(document, args.output)
+    if args.quantize:
+        layers = _torch_bf16(args) if "torch" in args.baselines else []
+        for measured in quantizers.measure_all(flush, args.iterations, seed, layers):
+            document["quantize"] = measured
+            if args.output:
+                _write(document, args.output)
     return document
 
 
@@ -350,19 +367,34 @@ def _torch_baselines(shapes: Sequence[Shape], args: argparse.Namespace) -> dict[
     def failed(reason: str) -> dict[str, Any]:
         return {"torch": {}, "rows": {shape: {"cublaslt_failed": reason} for shape in dense}}
 
+    answer = _ask_torch([(shape.m, shape.n, shape.k) for shape in dense], args)
+    if isinstance(answer, str):
+        return failed(answer)
+    return answer | {"rows": dict(zip(dense, answer["rows"], strict=True))}
+
+
+def _torch_bf16(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times the bf16 product of each layer that `quantizers` measures, by cuBLASLt."""
+    answer = _ask_torch(quantizers.LAYERS, args, kinds=["bf16"])
+    if isinstance(answer, str):
+        return [{"cublaslt_bf16_failed": answer}] * len(quantizers.LAYERS)
+    rows: list[dict[str, Any]] = answer["rows"]
+    return rows
+
+
+def _ask_torch(
+    shapes: Sequence[tuple[int, int, int]], args: argparse.Namespace, **request: Any
+) -> dict[str, Any] | str:
+    """The answer of `torch_baseline.py`, or why there is none."""
     if importlib.util.find_spec("torch") is None:
-        return failed("torch is not installed")
-    request = {
-        "shapes": [(shape.m, shape.n, shape.k) for shape in dense],
-        "iterations": args.iterations,
-        "dirty_l2": args.dirty_l2,
-    }
+        return "torch is not installed"
+    request |= {"shapes": shapes, "iterations": args.iterations, "dirty_l2": args.dirty_l2}
     command = [sys.executable, str(torch_baseline.__file__), json.dumps(request)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        return failed(result.stderr.strip()[-2000:])
+        return result.stderr.strip()[-2000:]
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer | {"rows": dict(zip(dense, answer["rows"], strict=True))}
+    return answer
 
 
 def _write(document: dict[str, Any], output: Path) -> None:

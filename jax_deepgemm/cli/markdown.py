@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jax_deepgemm.cli import moe
+from jax_deepgemm.cli import moe, quantizers
 from jax_deepgemm.cli.compare import KEY_FIELDS
 
 WHOLE_OP = "The whole op is all kernels of the call, those in which XLA prepares operands included."
@@ -27,6 +27,10 @@ def markdown(document: dict[str, Any]) -> str:
     for part, entries in moe.parts_of(document).items():
         if entries:
             blocks += [PART_HEADINGS[part], _moe_table(entries)]
+    if measured := document.get("quantize"):
+        for name, caption in quantizers.captions(measured).items():
+            lines = quantizers.lines_of(measured, name)
+            blocks += [caption, _table(quantizers.HEADINGS[name], lines)]
     return "\n\n".join(blocks)
 
 

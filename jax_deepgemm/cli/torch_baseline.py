@@ -1,11 +1,12 @@
-"""cuBLASLt's FP8 GEMMs through torch._scaled_mm, timed as ours are. Run by `bench` as a script.
+"""cuBLASLt's GEMMs through PyTorch, timed as ours are. Run by `bench` as a script.
 
 It imports neither jax nor jax_deepgemm: it runs in a process of its own, whose only argument is
-JSON, {"shapes": [[m, n, k], ...], "iterations": .., "dirty_l2": ..}; the answer is the last line
-of stdout.
+JSON, {"shapes": [[m, n, k], ...], "iterations": .., "dirty_l2": .., "kinds": ["fp8"]}; the answer
+is the last line of stdout.
 
     cublaslt_fp8_fast_accum_us   one scale per tensor, no promotion: less work than ours
     cublaslt_fp8_blockscaled_us  1x128 scales on A, 128x128 on B: the same work (CUDA 12.9 or later)
+    cublaslt_bf16_us             bfloat16 operands, if "kinds" has "bf16"; the others are "fp8"
 """
 
 import importlib
@@ -53,6 +54,18 @@ def blockscaled(a: Tensor, b: Tensor) -> Timed:
     return lambda: torch._scaled_mm(
         a8, b8.t(), sfa_outer_major, sfb.t(), out_dtype=torch.bfloat16, use_fast_accum=False
     )
+
+
+def bf16(a: Tensor, b: Tensor) -> Timed:
+    """The plain product."""
+    a16, b16 = a.to(torch.bfloat16), b.to(torch.bfloat16)
+    return lambda: a16 @ b16.t()
+
+
+KINDS = {
+    "fp8": (("cublaslt_fp8_fast_accum", fast_accum), ("cublaslt_fp8_blockscaled", blockscaled)),
+    "bf16": (("cublaslt_bf16", bf16),),
+}
 
 
 def check(d: Tensor, a: Tensor, b: Tensor) -> None:
@@ -104,10 +117,8 @@ def main() -> None:
     for m, n, k in request["shapes"]:
         a, b = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
         row: dict[str, float | str] = {}
-        for name, build in (
-            ("cublaslt_fp8_fast_accum", fast_accum),
-            ("cublaslt_fp8_blockscaled", blockscaled),
-        ):
+        kinds = request.get("kinds", ["fp8"])
+        for name, build in (pair for kind in kinds for pair in KINDS[kind]):
             try:
                 call = build(a, b)
                 check(call(), a, b)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CUSTOM_CALL_TARGETS", "KernelReport", "ToolchainInfo", "compile_kernel", "toolchain"]
 
-CUSTOM_CALL_TARGETS: tuple[str, ...] = (_native.GEMM_TARGET,)
+CUSTOM_CALL_TARGETS: tuple[str, ...] = (_native.GEMM_TARGET, _native.QUANTIZE_TARGET)
 """The custom calls that this package's operations become on a GPU. `jax.export.export` wants their
 names: disabled_checks=[DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALL_TARGETS]."""
 
@@ -59,6 +59,10 @@ _native.set_nvrtc_locator(locate_nvrtc)
 # "cuda" in lowering rules.
 jax.ffi.register_ffi_type(_native.GEMM_STATE_TYPE, _native.gemm_state_type(), platform="CUDA")
 jax.ffi.register_ffi_target(_native.GEMM_TARGET, _native.gemm_handlers(), platform="CUDA")
+jax.ffi.register_ffi_type(
+    _native.QUANTIZE_STATE_TYPE, _native.quantize_state_type(), platform="CUDA"
+)
+jax.ffi.register_ffi_target(_native.QUANTIZE_TARGET, _native.quantize_handlers(), platform="CUDA")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax_deepgemm import ffi
 
 FUNCTIONS = [
     "backend",
+    "dequantize",
     "gemm_fp8_fp8_bf16_nt",
     "get_col_major_tma_aligned_tensor",
     "get_m_alignment_for_contiguous_layout",
@@ -25,11 +26,15 @@ FUNCTIONS = [
     "m_grouped_gemm_fp8_fp8_bf16_nt_ragged",
     "quantize_per_block",
     "quantize_per_token",
+    "quantize_per_token_both",
+    "quantize_per_token_transposed",
+    "quantized_sharding",
     "select_config",
     "set_num_sms",
+    "silu_mul_quantize",
     "smem_bytes",
 ]
-CLASSES = ["GemmConfig", "Quantized"]
+CLASSES = ["GemmConfig", "Linear", "Quantized", "QuantizedArray"]
 
 
 def run_fresh(code: str) -> str:

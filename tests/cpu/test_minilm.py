@@ -1,6 +1,7 @@
 """The MiniLM example: right in float32, and in FP8 close to it."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import jax
@@ -60,13 +61,14 @@ def test_embedding_does_not_depend_on_padding(minilm, folder):
 
 def test_every_linear_layer_runs_in_fp8(minilm, folder, monkeypatch):
     shapes = []
-    gemm = jax_deepgemm.gemm_fp8_fp8_bf16_nt
+    layers = sys.modules[jax_deepgemm.Linear.__module__]
+    gemm = layers.gemm_fp8_fp8_bf16_nt
 
     def counting(lhs, rhs):
         shapes.append(rhs[0].shape)
         return gemm(lhs, rhs)
 
-    monkeypatch.setattr(jax_deepgemm, "gemm_fp8_fp8_bf16_nt", counting)
+    monkeypatch.setattr(layers, "gemm_fp8_fp8_bf16_nt", counting)
     token_ids, mask = minilm.tokenize(folder, ["One layer after the other."])
     model = minilm.quantize(minilm.load_model(folder))
     # The undecorated function: a trace from jit's cache would call nothing.

@@ -1,0 +1,627 @@
+// FP8 quantisation in one pass: read x once, find the largest magnitude of every block of 128
+// values, write FP8 values and float32 scales.
+//
+//   amax   = largest finite |x| of the block
+//   scale  = max(amax * fl(1 / largest), 2^-126), or the power of two above; 1 if amax < 2^-126
+//   values = fp8(x * fl(1 / scale)), NaN where x is not finite
+//
+// Every step is an IEEE operation, so the bits are those of jax_deepgemm/quantize_reference.py.
+// Numbers below 2^-126 count as zeros (.ftz).
+//
+// A CTA has 256 threads, 16 half-warps, and one tile of x, which it keeps in registers between
+// finding amax and scaling. A half-warp reads 128 values of a row at once, 8 a lane: 256 bytes of
+// bf16. All of a thread's loads are issued before the first is used (`wait_for_loads`): with 32 KB
+// of bf16 a CTA and 2 or 3 CTAs an SM, more bytes are in flight than the memory's latency times its
+// rate (about 18 KB an SM).
+//
+//   op            tile            128-value pieces of half-warp h     amax is taken over
+//   per token     32 x 128 * g    piece 16 i + h of the tile          its 16 lanes
+//   SwiGLU        32 x 128 * g    the same, of gate and of up         its 16 lanes
+//   per block     128 x 128       rows h, 16 + h, 32 + h, ...         the CTA
+//   transposed    128 x 128       rows 8 h to 8 h + 7                 columns of the CTA
+//   both          128 x 128       rows 8 h to 8 h + 7                 its 16 lanes, then columns
+//
+// Scales of tokens lie m-contiguous, as GEMMs read them. The 32 rows of a tile are 128 bytes there:
+// the CTA collects its scales in shared memory and writes whole sectors. The transposed copy goes
+// through shared memory, too: a lane packs 8 rows of a column into 8 bytes.
+//
+// Values that are not finite are rare. A maximum that keeps NaN shows whether a block has any; only
+// then the code runs that looks at each value.
+//
+// Rows that do not count (sizes) are neither read nor written; a tile without any that do ends at
+// once.
+//
+// config:: holds constants: kOp, kInput, kOutput, kPowerOfTwo, kHasSizes, kTileGroups (g above),
+// kVectorColumns (k is a multiple of 8: 16-byte loads, 8-byte stores), kVectorRows (rows are a
+// multiple of 16: 16-byte stores of the transposed copy).
+#pragma once
+
+#include "ptx.cuh"
+#include "quantize_params.h"
+
+namespace dg {
+
+// --- Constants -----------------------------------------------------------------------------------
+
+constexpr QuantizeOp kOp = static_cast<QuantizeOp>(config::kOp);
+constexpr FloatType kInput = static_cast<FloatType>(config::kInput);
+constexpr Fp8Type kOutput = static_cast<Fp8Type>(config::kOutput);
+
+constexpr int kLanes = 16;   // of a half-warp
+constexpr int kPerLane = 8;  // values
+constexpr int kHalfWarps = kQuantizeThreads / kLanes;
+constexpr int kTileRows = tile_rows(kOp);
+constexpr int kScalesPerTile = kTileRows * config::kTileGroups;
+constexpr int kPieces = kScalesPerTile / kHalfWarps;  // of a half-warp: 128 values each
+constexpr int kInputBytes = kInput == FloatType::kF32 ? 4 : 2;
+constexpr int kLoads = kPerLane * kInputBytes / 16;  // 16-byte loads of a lane and piece
+
+static_assert(kLanes * kPerLane == kQuantizeBlock, "a half-warp reads one block of a row");
+static_assert(kHalfWarps % config::kTileGroups == 0, "a half-warp's pieces have the same columns");
+static_assert(kScalesPerTile % kHalfWarps == 0, "half-warps share a tile evenly");
+static_assert(has_token_tiles(kOp) || config::kTileGroups == 1, "these tiles are 128 wide");
+
+// Rows from one piece of a half-warp to its next: it has 8 rows that follow each other where lanes
+// pack rows, or else every 16th, or every fourth where four half-warps share a row.
+constexpr bool kConsecutiveRows = writes_transposed(kOp);
+constexpr int kRowStep = kConsecutiveRows ? 1 : kHalfWarps / config::kTileGroups;
+static_assert(!kConsecutiveRows || kPieces == 8, "a lane packs 8 rows of a column into 8 bytes");
+
+constexpr uint32_t kInfinity = 0x7f800000;
+constexpr uint32_t kSmallestNormal = 0x00800000;
+constexpr uint32_t kLargestFloat = 0x7f7fffff;
+constexpr uint32_t kNan = 0x7fffffff;
+
+// The largest FP8 number is 1.75 * 2^kLargestExponent.
+constexpr int kLargestExponent = kOutput == Fp8Type::kE4m3 ? 8 : 15;
+constexpr float kInverseLargest =
+    static_cast<float>(1.0 / (1.75 * (1 << kLargestExponent)));  // rounded once, as NumPy does
+
+// --- Instructions --------------------------------------------------------------------------------
+
+// 16 bytes, or zeros if not `valid`; without a branch, so that loads follow each other closely. x
+// is read once: it need not stay in L1.
+__device__ __forceinline__ uint4 ld_global_v4(const void* address, bool valid) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %5, 0;\n"
+      "  mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "  @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<int>(valid))
+      : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void st_global_v2(void* address, uint32_t x, uint32_t y, bool valid) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2}; }" ::"l"(address),
+      "r"(x), "r"(y), "r"(static_cast<int>(valid))
+      : "memory");
+}
+
+__device__ __forceinline__ float mul_ftz(float x, float y) {
+  float product;
+  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(y));
+  return product;
+}
+
+// The larger one, NaN if any is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+}
+
+// Two values to FP8, `low` in the lower byte; beyond the largest number it stays the largest.
+__device__ __forceinline__ uint32_t cvt_fp8x2(float low, float high) {
+  unsigned short pair;
+  if (kOutput == Fp8Type::kE4m3) {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
+// --- Numbers -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t as_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ bool is_finite(float x) { return (as_bits(x) & 0x7fffffff) < kInfinity; }
+
+// 1 / x to the nearest, for x from 2^-126 to 2^125: the approximation and a Newton step, which is
+// what rcp.rn does in this range, less its branch for the rest.
+__device__ __forceinline__ float reciprocal_of(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return __fmaf_rn(r, __fmaf_rn(-x, r, 1.0f), r);
+}
+
+// Four scaled values in memory order; NaN becomes 0x7f.
+__device__ __forceinline__ uint32_t pack_fp8(float v0, float v1, float v2, float v3) {
+  return cvt_fp8x2(v0, v1) | cvt_fp8x2(v2, v3) << 16;
+}
+
+// The scale of a block, from the bits of its largest magnitude.
+__device__ __forceinline__ float scale_of(uint32_t amax) {
+  float scale;
+  if (config::kPowerOfTwo) {
+    // Adding 0.25 (less one unit) to the fraction carries where it exceeds 0.75.
+    const int exponent = static_cast<int>((amax + 0x1fffff) >> 23) - kLargestExponent;
+    scale = as_float(static_cast<uint32_t>(max(exponent, 1)) << 23);
+  } else {
+    scale = fmaxf(__fmul_rn(as_float(amax), kInverseLargest), as_float(kSmallestNormal));
+  }
+  return amax < kSmallestNormal ? 1.0f : scale;
+}
+
+// exp(-x) for x >= 0: 2^-(n + f) = 2^(1 - f) * 2^-(n + 1), by integers. See `exp_negative` in
+// quantize_reference.py.
+__device__ __forceinline__ float exp_negative(float x) {
+  const float y = mul_ftz(x, 24204406.0f);  // log2(e) * 2^24
+  const uint32_t fixed = __float2uint_rz(y);
+  const uint32_t u = ~(fixed << 8);
+  uint32_t power = 0x001eca6f;
+  power = 0x00934ef8 + __umulhi(u, power);
+  power = 0x0392887f + __umulhi(u, power);
+  power = 0x0f5ec4fe + __umulhi(u, power);
+  power = 0x2c5c991c + __umulhi(u, power);
+  power = 0x40000000 + __umulhi(u, power);
+  const uint32_t bits = ((power + 64) >> 7) + ((125 - (fixed >> 24)) << 23);
+  return y < 126.0f * (1 << 24) ? as_float(bits) : 0.0f;
+}
+
+// silu(gate) * up; infinite where that overflows.
+__device__ __forceinline__ float silu_mul(float gate, float up) {
+  const float e = exp_negative(fabsf(gate));
+  const float numerator = mul_ftz(gate, gate >= 0 ? 1.0f : e);
+  return mul_ftz(mul_ftz(numerator, reciprocal_of(1.0f + e)), up);
+}
+
+// --- A lane's 8 values of a piece ----------------------------------------------------------------
+
+struct Raw {
+  uint4 words[kLoads];
+
+  __device__ __forceinline__ uint32_t word(int i) const {
+    const uint4& v = words[i / 4];
+    return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
+  }
+
+  // Makes value i NaN.
+  __device__ __forceinline__ void set_nan(int i) {
+    const int index = kInputBytes == 4 ? i : i / 2;
+    uint4& v = words[index / 4];
+    uint32_t& word = index % 4 == 0 ? v.x : index % 4 == 1 ? v.y : index % 4 == 2 ? v.z : v.w;
+    word = kInputBytes == 4 ? kNan
+           : i % 2 == 0     ? (word & 0xffff0000) | 0x00007fff
+                            : (word & 0x0000ffff) | 0x7fff0000;
+  }
+
+  // Value i; float32 numbers below 2^-126 may still be there.
+  __device__ __forceinline__ float get(int i) const {
+    if (kInput == FloatType::kF32) return as_float(word(i));
+    const uint32_t pair = word(i / 2);
+    if (kInput == FloatType::kBf16) {
+      return as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000);
+    }
+    const auto half = static_cast<unsigned short>(i % 2 == 0 ? pair : pair >> 16);
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+  }
+};
+
+// 8 values from `x` on, of which `count` are there, or none if not `valid`; the others are zeros.
+__device__ __forceinline__ Raw load(const char* x, int count, bool valid) {
+  Raw raw = {};
+  if (config::kVectorColumns) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) raw.words[i] = ld_global_v4(x + 16 * i, valid);
+    return raw;
+  }
+  uint32_t words[4 * kLoads] = {};
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (!valid || i >= count) continue;
+    if (kInputBytes == 4) {
+      words[i] = reinterpret_cast<const uint32_t*>(x)[i];
+    } else {
+      const uint32_t half = reinterpret_cast<const unsigned short*>(x)[i];
+      words[i / 2] |= i % 2 == 0 ? half : half << 16;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    raw.words[i] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+  }
+  return raw;
+}
+
+// Writes the first `count` of 8 FP8 values, or none if not `valid`.
+__device__ __forceinline__ void store(char* out, uint32_t low, uint32_t high, int count,
+                                      bool valid) {
+  if (config::kVectorColumns) {
+    st_global_v2(out, low, high, valid);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (valid && i < count) out[i] = static_cast<char>((i < 4 ? low : high) >> (8 * (i % 4)));
+  }
+}
+
+// Keeps the compiler from using the first value before the last load is issued, which it prefers
+// because it saves registers: all values depend on the outcome of a barrier, which is zero.
+__device__ __forceinline__ void wait_for_loads(const QuantizeParams& params, Raw (&raw)[kPieces],
+                                               Raw (&up)[kPieces]) {
+  const auto zero = static_cast<uint32_t>(__syncthreads_or(params.k < 0));
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      uint4& x = raw[i].words[j];
+      x = {x.x ^ zero, x.y ^ zero, x.z ^ zero, x.w ^ zero};
+      if (kOp != QuantizeOp::kSiluMul) continue;
+      uint4& y = up[i].words[j];
+      y = {y.x ^ zero, y.y ^ zero, y.z ^ zero, y.w ^ zero};
+    }
+  }
+}
+
+// The values of a piece as float32, SwiGLU applied.
+__device__ __forceinline__ void get_values(const Raw& raw, const Raw& up,
+                                           float (&values)[kPerLane]) {
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    values[j] = kOp == QuantizeOp::kSiluMul ? silu_mul(raw.get(j), up.get(j)) : raw.get(j);
+  }
+}
+
+// Makes NaN of infinite values, but the largest float32 of products of finite ones.
+__device__ __forceinline__ void replace_infinite(const Raw& raw, const Raw& up,
+                                                 float (&values)[kPerLane]) {
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    if (is_finite(values[j])) continue;
+    const bool overflow =
+        kOp == QuantizeOp::kSiluMul && is_finite(raw.get(j)) && is_finite(up.get(j));
+    values[j] = as_float(overflow ? (as_bits(values[j]) & 0x80000000) | kLargestFloat : kNan);
+  }
+}
+
+// The bits of the larger magnitude, at least kInfinity if one is not finite; or, if `kIgnoreNan`,
+// of those that are not NaN.
+template <bool kIgnoreNan>
+__device__ __forceinline__ uint32_t larger_magnitude(uint32_t amax, float x) {
+  const float magnitude = fabsf(x);
+  return as_bits(kIgnoreNan ? fmaxf(as_float(amax), magnitude)
+                            : max_nan(as_float(amax), magnitude));
+}
+
+template <bool kIgnoreNan>
+__device__ __forceinline__ uint32_t max_magnitude(const float (&values)[kPerLane]) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) amax = larger_magnitude<kIgnoreNan>(amax, values[j]);
+  return amax;
+}
+
+// Makes NaN of infinite values.
+__device__ __forceinline__ void set_nan_where_infinite(Raw (&raw)[kPieces]) {
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (!is_finite(raw[i].get(j))) raw[i].set_nan(j);
+    }
+  }
+}
+
+__device__ __forceinline__ uint32_t max_of_half_warp(uint32_t value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    value = max(value, __shfl_xor_sync(0xffffffff, value, distance));
+  }
+  return value;
+}
+
+// --- A tile --------------------------------------------------------------------------------------
+
+// Which part of which matrix a CTA has, and what of it a thread has.
+struct Tile {
+  int matrix;
+  int row;     // of the matrix
+  int column;  // of the values
+  int rows;    // that count, from `row` on; may be more than the tile's, or none
+  // Of the thread: lane and half-warp; the tile's row of its first piece, the matrix' column of all
+  // of them; how many of its pieces are there; and of their 8 columns, how many.
+  int lane;
+  int half_warp;
+  int first_row;
+  int first_column;
+  int pieces;
+  int columns;
+
+  __device__ __forceinline__ explicit Tile(const QuantizeParams& params) {
+    const int row_tile = static_cast<int>(blockIdx.x) / params.column_tiles;
+    matrix = row_tile / params.row_tiles;
+    row = row_tile % params.row_tiles * kTileRows;
+    column =
+        static_cast<int>(blockIdx.x) % params.column_tiles * config::kTileGroups * kQuantizeBlock;
+    const int count =
+        config::kHasSizes
+            ? valid_rows(params.sizes + static_cast<long long>(matrix) * params.num_sizes, params)
+            : params.rows;
+    rows = count - row;
+    lane = static_cast<int>(threadIdx.x) % kLanes;
+    half_warp = static_cast<int>(threadIdx.x) / kLanes;
+    first_row = kConsecutiveRows ? half_warp * kPieces : half_warp / config::kTileGroups;
+    first_column = column + group() * kQuantizeBlock + lane * kPerLane;
+    columns = params.k - first_column;
+    pieces = columns > 0 ? (rows - first_row + kRowStep - 1) / kRowStep : 0;
+  }
+
+  // The 128 columns of the tile that the thread's pieces have.
+  __device__ __forceinline__ int group() const { return half_warp % config::kTileGroups; }
+
+  // The index of a row of the tile among the rows of all matrices.
+  __device__ __forceinline__ long long global_row(const QuantizeParams& params,
+                                                  int tile_row) const {
+    return static_cast<long long>(matrix) * params.rows + row + tile_row;
+  }
+
+  // The sum of a matrix' sizes, at most its rows; negative ones count as 0. Whole warps.
+  __device__ __forceinline__ static int valid_rows(const int* sizes, const QuantizeParams& params) {
+    long long sum = 0;
+    for (int i = laneid(); i < params.num_sizes; i += 32) sum += max(0, sizes[i]);
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    }
+    return static_cast<int>(min(sum, static_cast<long long>(params.rows)));
+  }
+};
+
+// Where a thread's pieces go.
+class Output {
+ public:
+  __device__ __forceinline__ Output(const QuantizeParams& params, const Tile& tile)
+      : first_(static_cast<char*>(params.values) +
+               tile.global_row(params, tile.first_row) * params.k + tile.first_column),
+        step_(static_cast<long long>(kRowStep) * params.k),
+        pieces_(tile.pieces),
+        columns_(tile.columns) {}
+
+  // Scales piece i and writes it.
+  __device__ __forceinline__ void write(int i, const float (&values)[kPerLane],
+                                        float reciprocal) const {
+    uint32_t words[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float* v = values + 4 * j;
+      words[j] = pack_fp8(mul_ftz(v[0], reciprocal), mul_ftz(v[1], reciprocal),
+                          mul_ftz(v[2], reciprocal), mul_ftz(v[3], reciprocal));
+    }
+    store(first_ + i * step_, words[0], words[1], columns_, i < pieces_);
+  }
+
+ private:
+  char* first_;
+  long long step_;  // from one piece to the next
+  int pieces_;
+  int columns_;
+};
+
+// --- Scales of tokens ----------------------------------------------------------------------------
+
+__device__ __forceinline__ void quantize_tokens(const QuantizeParams& params, const Tile& tile,
+                                                Raw (&raw)[kPieces], Raw (&up)[kPieces]) {
+  __shared__ float scales[config::kTileGroups][kTileRows];
+  const Output output(params, tile);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    float values[kPerLane];
+    get_values(raw[i], up[i], values);
+    uint32_t amax = max_of_half_warp(max_magnitude<false>(values));
+    if (__any_sync(0xffffffff, amax >= kInfinity)) {
+      replace_infinite(raw[i], up[i], values);
+      amax = max_of_half_warp(max_magnitude<true>(values));
+    }
+    const float scale = scale_of(amax);
+    output.write(i, values, reciprocal_of(scale));
+    if (tile.lane == 0) scales[tile.group()][tile.first_row + i * kRowStep] = scale;
+  }
+  __syncthreads();
+  // To [k-blocks][rows of all matrices].
+  for (int i = static_cast<int>(threadIdx.x); i < kScalesPerTile; i += kQuantizeThreads) {
+    const int tile_row = i % kTileRows, group = i / kTileRows;
+    const int column = tile.column + group * kQuantizeBlock;
+    if (tile_row < tile.rows && column < params.k) {
+      params.scales[static_cast<long long>(column / kQuantizeBlock) * params.scales_pitch +
+                    tile.global_row(params, tile_row)] = scales[group][tile_row];
+    }
+  }
+}
+
+// --- A scale of a block --------------------------------------------------------------------------
+
+// The largest magnitude in the tile.
+template <bool kIgnoreNan>
+__device__ __forceinline__ uint32_t block_magnitude(const Raw (&raw)[kPieces],
+                                                    uint32_t (&warp_amax)[kQuantizeThreads / 32]) {
+  uint32_t amax = 0;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) amax = larger_magnitude<kIgnoreNan>(amax, raw[i].get(j));
+  }
+  amax = __reduce_max_sync(0xffffffff, amax);
+  if (laneid() == 0) warp_amax[threadIdx.x / 32] = amax;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kQuantizeThreads / 32; ++warp) amax = max(amax, warp_amax[warp]);
+  return amax;
+}
+
+__device__ __forceinline__ void quantize_block(const QuantizeParams& params, const Tile& tile,
+                                               Raw (&raw)[kPieces]) {
+  __shared__ uint32_t warp_amax[2][kQuantizeThreads / 32];
+  uint32_t amax = block_magnitude<false>(raw, warp_amax[0]);
+  if (amax >= kInfinity) {
+    set_nan_where_infinite(raw);
+    amax = block_magnitude<true>(raw, warp_amax[1]);
+  }
+  const float scale = scale_of(amax);
+  if (threadIdx.x == 0) {
+    const long long row_block =
+        static_cast<long long>(tile.matrix) * params.row_tiles + tile.row / kQuantizeBlock;
+    params.scales[row_block * params.column_tiles + tile.column / kQuantizeBlock] = scale;
+  }
+  const float reciprocal = reciprocal_of(scale);
+  const Output output(params, tile);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    float values[kPerLane];
+    get_values(raw[i], raw[i], values);
+    output.write(i, values, reciprocal);
+  }
+}
+
+// --- Scales of columns, and the transposed copy --------------------------------------------------
+
+struct alignas(16) TransposedSmem {
+  uint32_t amax[kHalfWarps][kQuantizeBlock];  // of a half-warp's 8 rows
+  float reciprocals[kQuantizeBlock];
+  char values[kQuantizeBlock * kQuantizeBlock];  // [column][row], chunks of 16 bytes swizzled
+
+  // Where chunk `chunk` (16 rows) of a column lies. Lanes write columns 8 apart: the swizzle
+  // spreads them over the banks.
+  __device__ __forceinline__ char* at(int column, int chunk) {
+    return values + column * kQuantizeBlock + 16 * (chunk ^ (column / kPerLane % 8));
+  }
+};
+
+// The largest magnitudes of the thread's 8 columns, to shared memory; true if all are finite.
+template <bool kIgnoreNan>
+__device__ __forceinline__ bool column_magnitudes(const Tile& tile, const Raw (&raw)[kPieces],
+                                                  TransposedSmem& smem) {
+  uint32_t amax[kPerLane] = {};
+  uint32_t largest = 0;
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      amax[j] = larger_magnitude<kIgnoreNan>(amax[j], raw[i].get(j));
+    largest = max(largest, amax[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < kPerLane; j += 4) {
+    *reinterpret_cast<uint4*>(&smem.amax[tile.half_warp][tile.lane * kPerLane + j]) = {
+        amax[j], amax[j + 1], amax[j + 2], amax[j + 3]};
+  }
+  return largest < kInfinity;
+}
+
+// Scales the columns into the transposed tile.
+__device__ __forceinline__ void finish_columns(const QuantizeParams& params, const Tile& tile,
+                                               const Raw (&raw)[kPieces], TransposedSmem& smem) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kQuantizeBlock) {
+    uint32_t amax = 0;
+#pragma unroll
+    for (int half_warp = 0; half_warp < kHalfWarps; ++half_warp) {
+      amax = max(amax, smem.amax[half_warp][thread]);
+    }
+    const float scale = scale_of(amax);
+    smem.reciprocals[thread] = reciprocal_of(scale);
+    const int column = tile.column + thread;
+    if (column < params.k) {
+      params.scales_t[static_cast<long long>(tile.row / kQuantizeBlock) * params.scales_t_pitch +
+                      static_cast<long long>(tile.matrix) * params.k + column] = scale;
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kPerLane; ++j) {
+    const int column = tile.lane * kPerLane + j;
+    const float reciprocal = smem.reciprocals[column];
+    float v[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) v[i] = mul_ftz(raw[i].get(j), reciprocal);
+    const uint2 words = {pack_fp8(v[0], v[1], v[2], v[3]), pack_fp8(v[4], v[5], v[6], v[7])};
+    *reinterpret_cast<uint2*>(smem.at(column, tile.half_warp / 2) + 8 * (tile.half_warp % 2)) =
+        words;
+  }
+}
+
+// Writes the tile's columns as rows, 16 bytes a lane, 128 bytes for each 8 lanes.
+__device__ __forceinline__ void store_transposed(const QuantizeParams& params, const Tile& tile,
+                                                 TransposedSmem& smem) {
+  constexpr int kChunks = kQuantizeBlock / 16;
+#pragma unroll
+  for (int i = 0; i < kQuantizeBlock * kChunks / kQuantizeThreads; ++i) {
+    const int index = i * kQuantizeThreads + static_cast<int>(threadIdx.x);
+    const int column = index / kChunks, chunk = index % kChunks;
+    const int count = tile.rows - 16 * chunk;
+    if (tile.column + column >= params.k || count <= 0) continue;
+    const uint4 words = *reinterpret_cast<const uint4*>(smem.at(column, chunk));
+    char* out =
+        static_cast<char*>(params.values_t) +
+        (static_cast<long long>(tile.matrix) * params.k + tile.column + column) * params.rows +
+        tile.row + 16 * chunk;
+    if (config::kVectorRows) {
+      *reinterpret_cast<uint4*>(out) = words;
+      continue;
+    }
+#pragma unroll
+    for (int byte = 0; byte < 16; ++byte) {
+      const uint32_t word = byte < 4 ? words.x : byte < 8 ? words.y : byte < 12 ? words.z : words.w;
+      if (byte < count) out[byte] = static_cast<char>(word >> (8 * (byte % 4)));
+    }
+  }
+}
+
+__device__ __forceinline__ void quantize_transposed(const QuantizeParams& params, const Tile& tile,
+                                                    Raw (&raw)[kPieces]) {
+  __shared__ TransposedSmem smem;
+  if (!__syncthreads_and(column_magnitudes<false>(tile, raw, smem))) {
+    set_nan_where_infinite(raw);
+    column_magnitudes<true>(tile, raw, smem);
+    __syncthreads();
+  }
+  finish_columns(params, tile, raw, smem);
+  __syncthreads();
+  store_transposed(params, tile, smem);
+}
+
+}  // namespace dg
+
+extern "C" __global__ void __launch_bounds__(dg::kQuantizeThreads, dg::config::kMinBlocks)
+    DG_KERNEL_NAME(const dg::QuantizeParams params) {
+  using namespace dg;
+  const Tile tile(params);
+  if (config::kHasSizes && tile.rows <= 0) return;
+  const long long columns = (kOp == QuantizeOp::kSiluMul ? 2LL : 1LL) * params.k;
+  const char* x =
+      static_cast<const char*>(params.x) +
+      (tile.global_row(params, tile.first_row) * columns + tile.first_column) * kInputBytes;
+  const long long step = kRowStep * columns * kInputBytes;  // from one piece to the next
+  Raw raw[kPieces], up[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const bool valid = i < tile.pieces;
+    raw[i] = load(x + i * step, tile.columns, valid);
+    if (kOp == QuantizeOp::kSiluMul) {
+      up[i] =
+          load(x + i * step + static_cast<long long>(params.k) * kInputBytes, tile.columns, valid);
+    }
+  }
+  wait_for_loads(params, raw, up);
+  if constexpr (kOp == QuantizeOp::kPerBlock) quantize_block(params, tile, raw);
+  if constexpr (writes_rows(kOp) && kOp != QuantizeOp::kPerBlock) {
+    quantize_tokens(params, tile, raw, up);
+  }
+  if constexpr (writes_transposed(kOp)) quantize_transposed(params, tile, raw);
+}

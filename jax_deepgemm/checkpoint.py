@@ -1,0 +1,557 @@
+"""FP8 checkpoints as DeepSeek-V3 publishes them, read and written without a cast.
+
+A weight is two tensors of a safetensors file: `NAME.weight`, float8_e4m3fn [n, k], and
+`NAME.weight_scale_inv`, float32 [ceil(n/128), ceil(k/128)]. In spite of its name the latter is what
+values are multiplied with: the pair is a `QuantizedArray` as it lies in the file.
+
+`Checkpoint` maps the files into memory and reads only the slices that a device holds, so that each
+host touches its shards alone. It parses the format itself (a JSON header, then the bytes): the
+safetensors package returns FP8 through PyTorch only, as NumPy has no such type of its own.
+
+Scales as powers of two come in three guises: float32 numbers that happen to be powers of two, the
+type F8_E8M0, and raw exponents in a U8 tensor. The first two say what they are; the third is read
+only where the caller says so.
+"""
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding
+from numpy.typing import NDArray
+
+from jax_deepgemm.quantized_array import QuantizedArray, block_shape, quantized_sharding
+from jax_deepgemm.reference import BLOCK
+
+WEIGHT = ".weight"
+SCALE = ".weight_scale_inv"
+INDEX = "model.safetensors.index.json"
+
+ScaleFormat = Literal["float32", "ue8m0"]
+Array = NDArray[Any]
+
+# safetensors' names of types.
+_TYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+
+class _Tensor(NamedTuple):
+    """A tensor of a file, not read yet."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+
+class Checkpoint:
+    """The tensors of a folder of safetensors files, or of one file; read on demand.
+
+    A context manager; arrays that were read stay valid after it is closed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Reads the headers.
+
+        Args:
+            path: a .safetensors file, or a folder with model.safetensors.index.json, or with
+                .safetensors files alone.
+
+        Raises:
+            FileNotFoundError: there is no such file, or no safetensors file in the folder.
+            ValueError: a file is not in the safetensors format, or two hold the same tensor.
+        """
+        path = Path(path)
+        self._tensors: dict[str, _Tensor] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        for file in _files(path):
+            for name, tensor in _read_header(file):
+                if name in self._tensors:
+                    raise ValueError(
+                        f"Checkpoint: {name} is in {self._tensors[name].file} and in {file}"
+                    )
+                self._tensors[name] = tensor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmaps the files; they are mapped again if need be."""
+        while self._maps:
+            self._maps.popitem()[1].close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, in the files' order."""
+        return tuple(self._tensors)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether there are `name`.weight and `name`.weight_scale_inv."""
+        return name + WEIGHT in self._tensors and name + SCALE in self._tensors
+
+    def read(self, name: str, index: Any = ...) -> Array:
+        """Reads a tensor, or the part `index` of it, into memory; no type is converted.
+
+        Args:
+            name: the tensor's whole name.
+            index: what NumPy indexes with; only what it selects is read.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        tensor = self._find("Checkpoint.read", name)
+        view = np.frombuffer(
+            self._map(tensor.file),
+            dtype=tensor.dtype,
+            count=math.prod(tensor.shape),
+            offset=tensor.offset,
+        )
+        return np.array(view.reshape(tensor.shape)[index])
+
+    def load(self, name: str, *, sharding: NamedSharding | None = None) -> jax.Array:
+        """Loads a tensor that is not quantised, such as a norm's weight, as it is.
+
+        Args:
+            name: the tensor's whole name.
+            sharding: where its parts go; None: all of it to the default device.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        tensor = self._find("Checkpoint.load", name)
+        return _make(tensor.shape, sharding, lambda index: self.read(name, index))
+
+    def load_quantized(
+        self,
+        name: str | Sequence[str],
+        *,
+        sharding: NamedSharding | None = None,
+        scale_format: ScaleFormat | None = None,
+    ) -> QuantizedArray:
+        """Loads a weight and its scales, [n, k], as the GEMMs take them.
+
+        Args:
+            name: the weight's name without ".weight"; or several, whose rows follow each other in
+                the result, such as those of gate and up. All but the last have a multiple of 128
+                rows then.
+            sharding: of the values. Scales are split alike (`quantized_sharding`), and a device
+                reads only its part of either. None: all of it to the default device.
+            scale_format: None takes float32 scales, and F8_E8M0 ones, which become the float32
+                numbers that they stand for. "ue8m0" says that all scales are powers of two: float32
+                ones are then checked to be, and U8 tensors are raw exponents (2**(e - 127)).
+                "float32" refuses all but float32 ones.
+
+        Returns:
+            QuantizedArray(float8_e4m3fn[n, k], float32[ceil(n/128), ceil(k/128)]).
+
+        Raises:
+            KeyError: a tensor is missing.
+            TypeError: a weight is not F8_E4M3, or scales are of a type that scale_format does not
+                allow.
+            ValueError: shapes do not fit each other, a shard would cut a block, or scales are not
+                what scale_format says.
+        """
+        names = [name] if isinstance(name, str) else list(name)
+        return self._load("Checkpoint.load_quantized", [names], sharding, scale_format, False)
+
+    def load_experts(
+        self,
+        name: str | Sequence[str],
+        experts: Sequence[int],
+        *,
+        sharding: NamedSharding | None = None,
+        scale_format: ScaleFormat | None = None,
+    ) -> QuantizedArray:
+        """Loads the weights of experts, stacked [num_groups, n, k], as the grouped GEMMs take them.
+
+        Args:
+            name: the weight's name without ".weight" and with "{}" for the expert's number, such as
+                "model.layers.3.mlp.experts.{}.down_proj"; or several, as for `load_quantized`.
+            experts: their numbers, in the order of the groups.
+            sharding: of the values, of 3 dimensions; see `load_quantized`.
+            scale_format: see `load_quantized`.
+
+        Returns:
+            QuantizedArray(float8_e4m3fn[num_groups, n, k],
+            float32[num_groups, ceil(n/128), ceil(k/128)]).
+
+        Raises:
+            KeyError, TypeError, ValueError: as for `load_quantized`.
+        """
+        templates = [name] if isinstance(name, str) else list(name)
+        groups = [[template.format(expert) for template in templates] for expert in experts]
+        if not groups:
+            raise ValueError("Checkpoint.load_experts: experts must not be empty")
+        return self._load("Checkpoint.load_experts", groups, sharding, scale_format, True)
+
+    def _load(
+        self,
+        function: str,
+        groups: list[list[str]],
+        sharding: NamedSharding | None,
+        scale_format: ScaleFormat | None,
+        stacked: bool,
+    ) -> QuantizedArray:
+        if scale_format not in (None, "float32", "ue8m0"):
+            raise ValueError(
+                f"{function}: scale_format must be None, 'float32' or 'ue8m0', got {scale_format!r}"
+            )
+        for names in groups:
+            self._check_group(function, names, scale_format)
+        values = _Stack([[self._find(function, n + WEIGHT).shape for n in g] for g in groups])
+        scales = _Stack([[self._find(function, n + SCALE).shape for n in g] for g in groups])
+        for stack in (values, scales):
+            stack.check(function, groups)
+        shardings: Any = (None, None)
+        if sharding is not None:
+            shape = values.shape if stacked else values.shape[1:]
+            shardings = quantized_sharding(sharding, shape)
+
+        def read_values(group: int, part: int, index: Any) -> Array:
+            return self.read(groups[group][part] + WEIGHT, index)
+
+        def read_scales(group: int, part: int, index: Any) -> Array:
+            name = groups[group][part] + SCALE
+            return to_float32_scales(function, name, self.read(name, index), scale_format)
+
+        return QuantizedArray(
+            values.make(stacked, shardings[0], np.dtype(ml_dtypes.float8_e4m3fn), read_values),
+            scales.make(stacked, shardings[1], np.dtype(np.float32), read_scales),
+        )
+
+    def _check_group(
+        self, function: str, names: list[str], scale_format: ScaleFormat | None
+    ) -> None:
+        """Raises unless a group's weights and scales are of the right types and shapes."""
+        for i, name in enumerate(names):
+            weight, scale = (self._find(function, name + suffix) for suffix in (WEIGHT, SCALE))
+            if weight.dtype != ml_dtypes.float8_e4m3fn or len(weight.shape) != 2:
+                raise TypeError(
+                    f"{function}: {name}{WEIGHT} must be F8_E4M3 [n, k], "
+                    f"got {_NAMES[weight.dtype]} {list(weight.shape)}"
+                )
+            _check_scale_type(function, name + SCALE, scale.dtype, scale_format)
+            blocks = tuple(-(-size // BLOCK) for size in weight.shape)
+            if scale.shape != blocks:
+                raise ValueError(
+                    f"{function}: {name}{SCALE} must be {list(blocks)} for a weight "
+                    f"{list(weight.shape)}, got {list(scale.shape)}"
+                )
+            if i + 1 < len(names) and weight.shape[0] % BLOCK:
+                raise ValueError(
+                    f"{function}: {name}{WEIGHT} must have a multiple of {BLOCK} rows, because "
+                    f"{names[i + 1]} follows it in the same array, got {weight.shape[0]}"
+                )
+
+    def _find(self, function: str, name: str) -> _Tensor:
+        if name not in self._tensors:
+            raise KeyError(f"{function}: there is no tensor {name}")
+        return self._tensors[name]
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+
+class _Stack:
+    """A matrix for each group, made of parts one below the other."""
+
+    def __init__(self, shapes: list[list[tuple[int, ...]]]) -> None:
+        self.shapes = shapes
+        self.rows = [0, *np.cumsum([shape[0] for shape in shapes[0]]).tolist()]
+        self.shape = (len(shapes), self.rows[-1], shapes[0][0][1])
+
+    def check(self, function: str, groups: list[list[str]]) -> None:
+        """Raises unless all groups have the same shapes, and all parts the same columns."""
+        for names, shapes in zip(groups, self.shapes, strict=True):
+            for name, shape, first in zip(names, shapes, self.shapes[0], strict=True):
+                wanted = (first[0], self.shape[2])
+                if shape != wanted:
+                    raise ValueError(
+                        f"{function}: {name} must be {list(wanted)} like the others, "
+                        f"got {list(shape)}"
+                    )
+
+    def make(
+        self,
+        stacked: bool,
+        sharding: NamedSharding | None,
+        dtype: np.dtype[Any],
+        read: Callable[[int, int, Any], Array],
+    ) -> jax.Array:
+        """The array, each shard read by itself."""
+
+        def callback(index: tuple[slice, ...]) -> Array:
+            ranges = [
+                range(*part.indices(size))
+                for part, size in zip(
+                    index if stacked else (slice(None), *index), self.shape, strict=True
+                )
+            ]
+            groups, rows, columns = ranges
+            shard = np.empty((len(groups), len(rows), len(columns)), dtype)
+            for i, group in enumerate(groups):
+                for part, (start, stop) in enumerate(
+                    zip(self.rows[:-1], self.rows[1:], strict=True)
+                ):
+                    first, last = max(start, rows.start), min(stop, rows.stop)
+                    if first < last:
+                        where = (
+                            slice(first - start, last - start),
+                            slice(columns.start, columns.stop),
+                        )
+                        shard[i, first - rows.start : last - rows.start] = read(group, part, where)
+            return shard if stacked else shard[0]
+
+        return _make(self.shape if stacked else self.shape[1:], sharding, callback)
+
+
+def to_float32_scales(
+    function: str, name: str, scales: Array, scale_format: ScaleFormat | None
+) -> Array:
+    """Returns scales as float32; see `Checkpoint.load_quantized` for scale_format.
+
+    Raises:
+        TypeError: scales are of a type that scale_format does not allow.
+        ValueError: a scale is not what scale_format says, or no normal number.
+    """
+    _check_scale_type(function, name, scales.dtype, scale_format)
+    if scales.dtype == np.float32:
+        if scale_format == "ue8m0" and not _are_powers_of_two(scales):
+            raise ValueError(f"{function}: {name} must hold powers of two, as scale_format says")
+        return scales
+    exponents = scales.view(np.uint8)
+    # 255 is NaN, and 0 is 2**-127, which is no normal float32: it would be zero on some devices.
+    if ((exponents == 0) | (exponents == 255)).any():
+        raise ValueError(f"{function}: {name} must hold exponents from 1 to 254")
+    converted: Array = (exponents.astype(np.uint32) << 23).view(np.float32)
+    return converted
+
+
+def to_ue8m0_scales(scales: Any) -> Array:
+    """Returns float32 scales that are powers of two as float8_e8m0fnu, exactly.
+
+    Args:
+        scales: float32, for example of `quantize_per_block(x, power_of_two=True)`.
+
+    Raises:
+        TypeError: scales are not float32.
+        ValueError: a scale is no power of two.
+    """
+    array = np.asarray(scales)
+    if array.dtype != np.float32:
+        raise TypeError(f"to_ue8m0_scales: scales must be float32, got {array.dtype}")
+    if not _are_powers_of_two(array):
+        raise ValueError("to_ue8m0_scales: scales must be normal powers of two")
+    return (array.view(np.uint32) >> 23).astype(np.uint8).view(ml_dtypes.float8_e8m0fnu)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    tensors: Mapping[str, Any],
+    *,
+    scale_format: ScaleFormat = "float32",
+    max_file_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes tensors as safetensors files with an index, in the naming of DeepSeek-V3.
+
+    Args:
+        folder: made if need be.
+        tensors: by name: arrays, and QuantizedArrays [n, k] of 128 x 128 blocks, whose names come
+            without ".weight". One with three dimensions is experts: its name has "{}" for their
+            numbers, from 0.
+        scale_format: "float32"; or "ue8m0": scales, which must be powers of two, become F8_E8M0.
+        max_file_bytes: another file begins where one would hold more.
+
+    Raises:
+        TypeError: values are not float8_e4m3fn, or scales not float32.
+        ValueError: scales are not of 128 x 128 blocks, or are no powers of two and should be; an
+            expert's name has no "{}", or another one has.
+    """
+    function = "save_checkpoint"
+    if scale_format not in ("float32", "ue8m0"):
+        raise ValueError(
+            f"{function}: scale_format must be 'float32' or 'ue8m0', got {scale_format!r}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[dict[str, Array]] = [{}]
+    room = max_file_bytes
+    for name, array in _flatten(function, tensors, scale_format):
+        if array.nbytes > room and files[-1]:
+            files.append({})
+            room = max_file_bytes
+        files[-1][name] = array
+        room -= array.nbytes
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(files, start=1):
+        file = folder / f"model-{i:05}-of-{len(files):05}.safetensors"
+        _write_file(file, part)
+        weight_map |= dict.fromkeys(part, file.name)
+    total = sum(array.nbytes for part in files for array in part.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _flatten(
+    function: str, tensors: Mapping[str, Any], scale_format: ScaleFormat
+) -> Iterator[tuple[str, Array]]:
+    """The arrays of a checkpoint by their whole names."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, QuantizedArray):
+            yield name, np.asarray(tensor)
+            continue
+        values, scales = map(np.asarray, tensor)
+        if values.dtype != ml_dtypes.float8_e4m3fn or scales.dtype != np.float32:
+            raise TypeError(
+                f"{function}: {name} must be float8_e4m3fn with float32 scales, "
+                f"got {values.dtype} with {scales.dtype}"
+            )
+        rows = values.shape[-2]
+        if block_shape(function, values, scales)[0] != BLOCK and rows != 1:
+            raise ValueError(f"{function}: {name} must have 128 x 128 blocks, got 1 x 128")
+        if (values.ndim == 3) != ("{}" in name) or values.ndim not in (2, 3):
+            raise ValueError(
+                f"{function}: {name} must have two dimensions, or three and {{}} in its name, "
+                f"got {list(values.shape)}"
+            )
+        if scale_format == "ue8m0":
+            scales = to_ue8m0_scales(scales)
+        if values.ndim == 2:
+            values, scales = values[None], scales[None]
+        for expert, (value, scale) in enumerate(zip(values, scales, strict=True)):
+            yield name.format(expert) + WEIGHT, value
+            yield name.format(expert) + SCALE, scale
+
+
+def _are_powers_of_two(scales: Array) -> bool:
+    bits = scales.view(np.uint32)
+    exponents = bits >> 23
+    return bool(((bits << 9 == 0) & (exponents > 0) & (exponents < 255)).all())
+
+
+def _check_scale_type(
+    function: str, name: str, dtype: np.dtype[Any], scale_format: ScaleFormat | None
+) -> None:
+    allowed = {
+        None: ("F32", "F8_E8M0"),
+        "float32": ("F32",),
+        "ue8m0": ("F32", "F8_E8M0", "U8"),
+    }[scale_format]
+    if _NAMES.get(dtype) not in allowed:
+        hint = ""
+        if dtype == np.uint8 and scale_format is None:
+            hint = '; scale_format="ue8m0" reads it as exponents of powers of two'
+        raise TypeError(
+            f"{function}: {name} must be {' or '.join(allowed)}, "
+            f"got {_NAMES.get(dtype, dtype)}{hint}"
+        )
+
+
+def _make(
+    shape: tuple[int, ...], sharding: NamedSharding | None, read: Callable[[Any], Array]
+) -> jax.Array:
+    if sharding is None:
+        whole: jax.Array = jax.device_put(read((slice(None),) * len(shape)))
+        return whole
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+# --- The format ----------------------------------------------------------------------------------
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files that a path stands for."""
+    if path.is_file():
+        return [path]
+    if (path / INDEX).is_file():
+        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        return [path / name for name in dict.fromkeys(weight_map.values())]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"Checkpoint: there is no safetensors file in {path}")
+    return files
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, _Tensor]]:
+    """The tensors of a file: 8 bytes with the size of a JSON header, the header, the data."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        prefix = opened.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"Checkpoint: {file} is no safetensors file: its header does not fit")
+        try:
+            header = json.loads(opened.read(header_bytes))
+        except ValueError as error:
+            raise ValueError(f"Checkpoint: {file} is no safetensors file: {error}") from error
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _TYPES:
+            raise ValueError(f"Checkpoint: {name} in {file} has the unknown type {entry['dtype']}")
+        dtype = np.dtype(_TYPES[entry["dtype"]])
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        offset = 8 + header_bytes + begin
+        if end - begin != math.prod(shape) * dtype.itemsize or offset + end - begin > size:
+            raise ValueError(f"Checkpoint: the bytes of {name} do not fit into {file}")
+        yield name, _Tensor(dtype, shape, file, offset)
+
+
+def _write_file(file: Path, tensors: Mapping[str, Array]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    # Wider types first, so that each tensor is aligned to its elements.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    for name, array in ordered:
+        if array.dtype not in _NAMES:
+            raise TypeError(f"save_checkpoint: {name} has a type that files cannot: {array.dtype}")
+        header[name] = {
+            "dtype": _NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        for _, array in ordered:
+            opened.write(np.ascontiguousarray(array).tobytes())

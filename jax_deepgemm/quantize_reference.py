@@ -1,0 +1,206 @@
+"""The quantisers in `jax.numpy`: specification, CPU lowering and test oracle in one.
+
+Every step is an IEEE float32 operation that all backends round alike, or an operation on integers,
+so a kernel can give the same bits: there is no division but 1/x, no multiplication that a compiler
+could fuse with an addition, and float32 numbers below 2**-126 are made zeros by hand, because some
+backends flush them and others do not.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_deepgemm.reference import BLOCK
+
+# The largest finite number of an FP8 type is 1.75 * 2**exponent.
+LARGEST_EXPONENT = {"float8_e4m3fn": 8, "float8_e5m2": 15}
+NAN_CODE = np.uint8(0x7F)  # of both types
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+_LARGEST = np.finfo(np.float32).max
+_SIGN, _MAGNITUDE, _EXPONENT = np.uint32(1 << 31), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+# 2**u for 0 <= u < 1 is sum(c * u**i), to 2**-23, with c times 2**30; the sum at 1 is exactly 2.
+# csrc/kernels/quantize.cuh has the same.
+EXP2_POLYNOMIAL = (0x40000000, 0x2C5C991C, 0x0F5EC4FE, 0x0392887F, 0x00934EF8, 0x001ECA6F)
+_LOG2_E = np.float32(np.log2(np.e) * 2**24)
+
+
+def flush(x: jax.Array) -> jax.Array:
+    """Returns x with zeros of the same sign in the place of numbers below 2**-126."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return _as_float(jnp.where((bits & _EXPONENT) == 0, bits & _SIGN, bits))
+
+
+def quantize(
+    x: jax.Array, block_rows: int, dtype: Any, power_of_two: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Quantises x [..., rows, k] in blocks of `block_rows` x 128.
+
+    Returns:
+        dtype[..., rows, k] and float32[..., ceil(rows/block_rows), ceil(k/128)].
+    """
+    *batch, rows, k = x.shape
+    row_blocks, k_blocks = -(-rows // block_rows), -(-k // BLOCK)
+
+    x = x.astype(jnp.float32)
+    padding = (row_blocks * block_rows - rows, k_blocks * BLOCK - k)
+    if any(padding):
+        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, extra) for extra in padding])
+    # One dimension at a time, the reshapes keep a sharding of rows or k, explicit ones too.
+    padded_k = k_blocks * BLOCK
+    blocks = x.reshape(*batch, row_blocks, block_rows, padded_k)
+    blocks = flush(blocks.reshape(*batch, row_blocks, block_rows, k_blocks, BLOCK))
+
+    finite = jnp.isfinite(blocks)
+    amax = jnp.max(jnp.where(finite, jnp.abs(blocks), 0.0), axis=(-3, -1))
+    scales = block_scales(amax, dtype, power_of_two)
+    # One reciprocal per block instead of one division per value. Its rounding can carry amax past
+    # the largest FP8 number by a few units in the last place, which the cast rounds back.
+    scaled = blocks * (1.0 / scales)[..., :, None, :, None]
+    # XLA's cast of NaN to e5m2 is not the same bits in every fusion.
+    code = lax.bitcast_convert_type(jnp.where(finite, scaled, 0.0).astype(dtype), jnp.uint8)
+    values = lax.bitcast_convert_type(jnp.where(finite, code, NAN_CODE), dtype)
+    values = values.reshape(*batch, row_blocks, block_rows, padded_k).reshape(x.shape)
+    return values[..., :rows, :k], scales
+
+
+def block_scales(amax: jax.Array, dtype: Any, power_of_two: bool) -> jax.Array:
+    """Returns the scales of blocks with these largest magnitudes."""
+    exponent = LARGEST_EXPONENT[np.dtype(dtype).name]
+    scales = _power_of_two_scales(amax, exponent) if power_of_two else _amax_scales(amax, exponent)
+    return jnp.where(amax >= _SMALLEST_NORMAL, scales, 1.0)
+
+
+def _amax_scales(amax: jax.Array, exponent: int) -> jax.Array:
+    """Returns amax / largest, not below the smallest normal float32."""
+    # XLA turns a division by a constant into this multiplication; written out, it is the same
+    # everywhere. It differs from the division by at most one unit in the last place.
+    return jnp.maximum(amax * np.float32(1.0 / (1.75 * 2**exponent)), _SMALLEST_NORMAL)
+
+
+def _power_of_two_scales(amax: jax.Array, largest_exponent: int) -> jax.Array:
+    """Returns the smallest normal power of two that is not below amax / largest, exactly."""
+    # The largest FP8 number is 1.75 * 2**q, so amax = 1.f * 2**e needs 2**(e - q), or twice that if
+    # 1.f > 1.75. Adding 1 - 0.75 (less one unit) to the fraction carries into the exponent in just
+    # that case.
+    bits = lax.bitcast_convert_type(amax, jnp.uint32)
+    exponent = ((bits + 0x1FFFFF) >> 23).astype(jnp.int32) - largest_exponent
+    return lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
+
+
+def silu_mul(x: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up in float32, x [..., 2f] being gate, then up: float32[..., f].
+
+    silu(g) = g / (1 + exp(-g)) is computed as (g or g * e) * (1 / (1 + e)) with e = exp(-|g|), so
+    that nothing overflows; see `exp_negative`. Where finite numbers multiply to more than float32
+    holds, the result is the largest float32.
+    """
+    f = x.shape[-1] // 2
+    gate = flush(lax.slice_in_dim(x, 0, f, axis=-1).astype(jnp.float32))
+    up = flush(lax.slice_in_dim(x, f, 2 * f, axis=-1).astype(jnp.float32))
+    e = exp_negative(jnp.abs(gate))
+    numerator = jnp.where(gate >= 0, gate, flush(gate * e))
+    silu = flush(numerator * (1.0 / (1.0 + e)))
+    product = silu * up
+    finite = jnp.isfinite(gate) & jnp.isfinite(up)
+    return jnp.where(finite, jnp.clip(product, -_LARGEST, _LARGEST), product)
+
+
+def exp_negative(x: jax.Array) -> jax.Array:
+    """Returns exp(-x) for x >= 0, to about 2**-22 * (1 + x); 0 where it is below 2**-125.
+
+    exp(-x) = 2**-(n + f) = 2**(1 - f) * 2**-(n + 1), by integers: x * log2(e) rounded to float32,
+    cut off behind 24 bits of fraction, and a polynomial in u = 1 - f.
+    """
+    y = x * _LOG2_E
+    in_range = y < 126 * 2**24
+    fixed = jnp.where(in_range, y, 0.0).astype(jnp.uint32)
+    u = ~(fixed << 8)
+    power = jnp.full_like(u, EXP2_POLYNOMIAL[-1])
+    for coefficient in EXP2_POLYNOMIAL[-2::-1]:
+        power = np.uint32(coefficient) + _multiply_high(u, power)
+    mantissa = (power + 64) >> 7  # in [2**23, 2**24]
+    bits = mantissa + ((np.uint32(125) - (fixed >> 24)) << 23)
+    return jnp.where(in_range, _as_float(bits), 0.0)
+
+
+def _multiply_high(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The upper 32 bits of the 64-bit product of two uint32, without 64-bit types."""
+    low = np.uint32(0xFFFF)
+    x_low, x_high, y_low, y_high = x & low, x >> 16, y & low, y >> 16
+    middle = x_high * y_low + ((x_low * y_low) >> 16)
+    return x_high * y_high + (middle >> 16) + ((x_low * y_high + (middle & low)) >> 16)
+
+
+def _as_float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def clear_invalid_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Returns x [..., rows, k] with zeros behind the first sum(sizes) rows, sizes [..., s].
+
+    Negative sizes count as 0, and what exceeds the rows is cut off.
+    """
+    rows = x.shape[-2]
+    count = lax.reduce(
+        jnp.clip(sizes, 0, rows).astype(jnp.uint32),
+        np.uint32(0),
+        lambda x, y: jnp.minimum(x + y, np.uint32(rows)),  # which cannot overflow
+        dimensions=(sizes.ndim - 1,),
+    )
+    valid = jnp.arange(rows, dtype=jnp.uint32) < count[..., None]
+    return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
+
+
+# --- The operations ------------------------------------------------------------------------------
+
+Results = tuple[jax.Array, ...]
+
+
+def _valid(x: jax.Array, sizes: tuple[jax.Array, ...]) -> jax.Array:
+    return clear_invalid_rows(x, *sizes) if sizes else x
+
+
+def quantize_per_token(x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool) -> Results:
+    """Values and scales of 1 x 128 blocks; rows that do not count give zeros with the scale 1."""
+    return quantize(_valid(x, sizes), 1, dtype, power_of_two)
+
+
+def quantize_per_block(x: jax.Array, *, dtype: Any, power_of_two: bool) -> Results:
+    """Values and scales of 128 x 128 blocks."""
+    return quantize(x, BLOCK, dtype, power_of_two)
+
+
+def quantize_per_token_transposed(x: jax.Array, *, dtype: Any, power_of_two: bool) -> Results:
+    """Values and scales of the 1 x 128 blocks of x transposed."""
+    return quantize(jnp.swapaxes(x, -1, -2), 1, dtype, power_of_two)
+
+
+def quantize_per_token_both(x: jax.Array, *, dtype: Any, power_of_two: bool) -> Results:
+    """Values and scales of the 1 x 128 blocks of x, then of x transposed."""
+    return (
+        *quantize_per_token(x, dtype=dtype, power_of_two=power_of_two),
+        *quantize_per_token_transposed(x, dtype=dtype, power_of_two=power_of_two),
+    )
+
+
+def silu_mul_quantize(x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool) -> Results:
+    """Values and scales of the 1 x 128 blocks of silu(gate) * up."""
+    return quantize(silu_mul(_valid(x, sizes)), 1, dtype, power_of_two)
+
+
+jitted = {
+    function.__name__: partial(jax.jit, static_argnames=("dtype", "power_of_two"))(function)
+    for function in (
+        quantize_per_token,
+        quantize_per_block,
+        quantize_per_token_transposed,
+        quantize_per_token_both,
+        silu_mul_quantize,
+    )
+}
+"""The same as XLA compiles them, on any backend: what the benchmark compares kernels with."""

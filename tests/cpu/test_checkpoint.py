@@ -1,0 +1,404 @@
+"""DeepSeek-style checkpoints: written, read back bit for bit, sharded, and never misread."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_deepgemm
+from jax_deepgemm import QuantizedArray, checkpoint
+from jax_deepgemm.checkpoint import Checkpoint, save_checkpoint, to_ue8m0_scales
+
+NUM_EXPERTS = 8
+HIDDEN, INTER = 512, 256
+
+
+def bits(array: Any) -> tuple[Any, Any, bytes]:
+    array = np.asarray(array)
+    return array.dtype, array.shape, array.tobytes()
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert bits(a) == bits(b)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh(
+        (4, 2), ("e", "t"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices("cpu")
+    )
+
+
+def two_layers(power_of_two: bool = False) -> dict[str, Any]:
+    """A dense layer and one of experts, in DeepSeek-V3's naming, with parts that are not FP8."""
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> QuantizedArray:
+        x = rng.standard_normal(shape, np.float32) * np.exp2(rng.integers(-3, 3, (shape[-2], 1)))
+        return jax_deepgemm.quantize_per_block(x, power_of_two=power_of_two)
+
+    def vector(size: int) -> Any:
+        return jnp.asarray(rng.standard_normal(size), jnp.bfloat16)
+
+    model: dict[str, Any] = {
+        "model.embed_tokens.weight": jnp.asarray(rng.standard_normal((96, HIDDEN)), jnp.bfloat16),
+        "model.norm.weight": vector(HIDDEN),
+        "lm_head.weight": jnp.asarray(rng.standard_normal((96, HIDDEN)), jnp.bfloat16),
+    }
+    for layer in range(2):
+        prefix = f"model.layers.{layer}"
+        model[f"{prefix}.input_layernorm.weight"] = vector(HIDDEN)
+        # kv_a's 576 rows are no multiple of 128.
+        model[f"{prefix}.self_attn.kv_a_proj_with_mqa"] = weight(576, HIDDEN)
+        model[f"{prefix}.self_attn.o_proj"] = weight(HIDDEN, 1024)
+    for name, shape in {
+        "gate_proj": (INTER, HIDDEN),
+        "up_proj": (INTER, HIDDEN),
+        "down_proj": (HIDDEN, INTER),
+    }.items():
+        model[f"model.layers.0.mlp.{name}"] = weight(*shape)
+        model["model.layers.1.mlp.experts.{}." + name] = weight(NUM_EXPERTS, *shape)
+    model["model.layers.1.mlp.gate.weight"] = jnp.asarray(
+        rng.standard_normal((NUM_EXPERTS, HIDDEN)), jnp.bfloat16
+    )
+    model["model.layers.1.mlp.gate.e_score_correction_bias"] = jnp.asarray(
+        rng.standard_normal(NUM_EXPERTS), jnp.float32
+    )
+    return model
+
+
+def load_model(
+    opened: Checkpoint,
+    model: dict[str, Any],
+    shardings: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Loads everything that `model` has."""
+    shardings = shardings or {}
+    result: dict[str, Any] = {}
+    for name, tensor in model.items():
+        sharding = shardings.get(name)
+        if not isinstance(tensor, QuantizedArray):
+            result[name] = opened.load(name, sharding=sharding)
+        elif "{}" in name:
+            result[name] = opened.load_experts(
+                name, range(NUM_EXPERTS), sharding=sharding, **options
+            )
+        else:
+            result[name] = opened.load_quantized(name, sharding=sharding, **options)
+    return result
+
+
+@pytest.mark.parametrize("max_file_bytes", [10**9, 300_000], ids=["one-file", "many-files"])
+def test_round_trip(tmp_path: pathlib.Path, max_file_bytes: int) -> None:
+    model = two_layers()
+    save_checkpoint(tmp_path, model, max_file_bytes=max_file_bytes)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (max_file_bytes == 10**9)
+    with Checkpoint(tmp_path) as opened:
+        assert "model.layers.1.mlp.experts.7.down_proj.weight_scale_inv" in opened.names
+        assert opened.is_quantized("model.layers.0.mlp.up_proj")
+        assert not opened.is_quantized("model.norm")
+        loaded = load_model(opened, model)
+    assert_same(loaded, model)
+
+
+def test_round_trip_onto_a_mesh(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+    model = two_layers()
+    save_checkpoint(tmp_path, model, max_file_bytes=10**6)
+
+    def sharding(*spec: Any) -> NamedSharding:
+        return NamedSharding(mesh, P(*spec))
+
+    shardings = {
+        "model.embed_tokens.weight": sharding("e", "t"),
+        "model.norm.weight": sharding(("e", "t")),
+        "model.layers.0.self_attn.o_proj": sharding(None, ("e", "t")),
+        "model.layers.1.self_attn.o_proj": sharding("e", "t"),
+        "model.layers.0.mlp.gate_proj": sharding("t", None),
+        "model.layers.0.mlp.down_proj": sharding("e", "t"),
+        "model.layers.1.mlp.experts.{}.gate_proj": sharding(("e", "t"), None, None),
+        "model.layers.1.mlp.experts.{}.up_proj": sharding("t", None, "e"),
+        "model.layers.1.mlp.experts.{}.down_proj": sharding("e", None, "t"),
+    }
+    loaded = load_model(Checkpoint(tmp_path), model, shardings)
+    assert_same(loaded, model)
+    for name, wanted in shardings.items():
+        for array in jax.tree.leaves(loaded[name]):
+            assert array.sharding == wanted
+            assert len(array.sharding.device_set) == 8
+
+
+def test_a_device_reads_only_its_part(
+    tmp_path: pathlib.Path, mesh: jax.sharding.Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two_layers()
+    save_checkpoint(tmp_path, model)
+    read: list[tuple[str, tuple[int, ...]]] = []
+    original = Checkpoint.read
+
+    def counting(self: Checkpoint, name: str, index: Any = ...) -> Any:
+        array = original(self, name, index)
+        read.append((name, array.shape))
+        return array
+
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    name = "model.layers.1.mlp.experts.{}.down_proj"
+    Checkpoint(tmp_path).load_experts(
+        name, range(NUM_EXPERTS), sharding=NamedSharding(mesh, P("e", None, "t"))
+    )
+    assert {shape for name, shape in read if name.endswith(".weight")} == {(HIDDEN, INTER // 2)}
+    assert {shape for name, shape in read if name.endswith("_inv")} == {(HIDDEN // 128, 1)}
+    assert len(read) == 2 * NUM_EXPERTS * 2  # values and scales, two parts of each expert
+
+
+def test_gate_and_up_side_by_side(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+    model = two_layers()
+    save_checkpoint(tmp_path, model)
+    template = "model.layers.1.mlp.experts.{}."
+    names = [template + "gate_proj", template + "up_proj"]
+    experts = [5, 0, 3, 1]
+    wanted = QuantizedArray(
+        *(
+            jnp.concatenate([model[name][part][np.array(experts)] for name in names], axis=1)
+            for part in range(2)
+        )
+    )
+    opened = Checkpoint(tmp_path)
+    assert_same(opened.load_experts(names, experts), wanted)
+    # Two shards of rows each have a half of gate or of up; one spans neither.
+    for spec in (P("e", "t", None), P(None, "e", "t"), P("t", None, None)):
+        assert_same(opened.load_experts(names, experts, sharding=NamedSharding(mesh, spec)), wanted)
+    dense = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    assert opened.load_quantized(dense).shape == (2 * INTER, HIDDEN)
+
+
+def test_loaded_experts_multiply(tmp_path: pathlib.Path) -> None:
+    model = two_layers()
+    save_checkpoint(tmp_path, model)
+    name = "model.layers.1.mlp.experts.{}.up_proj"
+    loaded = Checkpoint(tmp_path).load_experts(name, range(NUM_EXPERTS))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((40, HIDDEN)), jnp.bfloat16)
+    sizes = jnp.full(NUM_EXPERTS, 5, jnp.int32)
+    d = jax_deepgemm.m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
+        jax_deepgemm.quantize_per_token(x), loaded, sizes
+    )
+    wanted = jax.lax.ragged_dot(
+        x.astype(jnp.float32), model[name].dequantize().mT, sizes, precision="highest"
+    )
+    assert float(jnp.abs(d - wanted).max() / jnp.abs(wanted).max()) < 0.05
+
+
+def test_safetensors_reads_what_we_write(tmp_path: pathlib.Path) -> None:
+    safetensors = pytest.importorskip("safetensors", reason="needs the extra `examples`")
+    from safetensors.numpy import load_file, save_file
+
+    model = two_layers(power_of_two=True)
+    save_checkpoint(tmp_path, model, scale_format="ue8m0")
+    (file,) = tmp_path.glob("*.safetensors")
+    with safetensors.safe_open(file, framework="np") as opened:
+        weight = opened.get_slice("model.layers.0.mlp.up_proj.weight")
+        assert (weight.get_dtype(), weight.get_shape()) == ("F8_E4M3", [INTER, HIDDEN])
+        scale = opened.get_slice("model.layers.0.mlp.up_proj.weight_scale_inv")
+        assert (scale.get_dtype(), scale.get_shape()) == ("F8_E8M0", [2, 4])
+        name = "model.layers.1.mlp.gate.e_score_correction_bias"
+        assert bits(opened.get_tensor(name)) == bits(model[name])
+    # And the other way round, a pair as any two arrays.
+    pair = model["model.layers.0.mlp.up_proj"]
+    arrays = {"w.scales": np.asarray(pair.scales), "w.bytes": np.asarray(pair.values).view("u1")}
+    save_file(arrays, tmp_path / "pair.safetensors")
+    mine = Checkpoint(tmp_path / "pair.safetensors")
+    restored = load_file(tmp_path / "pair.safetensors")
+    for name, array in arrays.items():
+        assert bits(mine.read(name)) == bits(restored[name]) == bits(array)
+
+
+# --- Powers of two -------------------------------------------------------------------------------
+
+
+def test_ue8m0_scales_come_back_as_float32(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+    model = two_layers(power_of_two=True)
+    save_checkpoint(tmp_path, model, scale_format="ue8m0")
+    opened = Checkpoint(tmp_path)
+    assert opened.read("model.layers.0.mlp.up_proj.weight_scale_inv").dtype.name == (
+        "float8_e8m0fnu"
+    )
+    for scale_format in (None, "ue8m0"):
+        assert_same(load_model(opened, model, scale_format=scale_format), model)
+    name = "model.layers.0.mlp.down_proj"
+    sharding = NamedSharding(mesh, P("e", "t"))
+    assert_same(opened.load_quantized(name, sharding=sharding), model[name])
+    with pytest.raises(TypeError, match=r"weight_scale_inv must be F32, got F8_E8M0$"):
+        opened.load_quantized(name, scale_format="float32")
+
+
+def one_weight(
+    folder: pathlib.Path, scales: Any, values: Any = None, name: str = "w"
+) -> Checkpoint:
+    if values is None:
+        values = np.zeros((256, 384), ml_dtypes.float8_e4m3fn)
+    save_checkpoint(folder, {f"{name}.weight": values, f"{name}.weight_scale_inv": scales})
+    return Checkpoint(folder)
+
+
+EXPONENTS = np.arange(120, 126, dtype=np.uint8).reshape(2, 3)
+
+
+def test_raw_exponents_only_on_request(tmp_path: pathlib.Path) -> None:
+    opened = one_weight(tmp_path, EXPONENTS)
+    message = (
+        r"^Checkpoint.load_quantized: w.weight_scale_inv must be F32 or F8_E8M0, got U8; "
+        r'scale_format="ue8m0" reads it as exponents of powers of two$'
+    )
+    with pytest.raises(TypeError, match=message):
+        opened.load_quantized("w")
+    scales = opened.load_quantized("w", scale_format="ue8m0").scales
+    np.testing.assert_array_equal(scales, np.ldexp(1.0, EXPONENTS.astype(int) - 127))
+
+
+@pytest.mark.parametrize("bad", [0, 255])
+def test_exponents_that_are_no_normal_number(tmp_path: pathlib.Path, bad: int) -> None:
+    exponents = EXPONENTS.copy()
+    exponents[1, 1] = bad
+    opened = one_weight(tmp_path, exponents.view(ml_dtypes.float8_e8m0fnu))
+    with pytest.raises(ValueError, match=r"w.weight_scale_inv must hold exponents from 1 to 254$"):
+        opened.load_quantized("w")
+
+
+@pytest.mark.parametrize("bad", [3.0, 0.0, -2.0, np.inf, np.nan, 2.0**-130])
+def test_float32_scales_called_powers_of_two_are_checked(
+    tmp_path: pathlib.Path, bad: float
+) -> None:
+    scales = np.exp2(np.arange(-3, 3, dtype=np.float32)).reshape(2, 3)
+    opened = one_weight(tmp_path, scales)
+    np.testing.assert_array_equal(opened.load_quantized("w", scale_format="ue8m0").scales, scales)
+    np.testing.assert_array_equal(
+        to_ue8m0_scales(scales).view(np.uint8), 127 + np.log2(scales).astype(int)
+    )
+    scales[1, 2] = bad
+    with pytest.raises(ValueError, match="must hold powers of two, as scale_format says"):
+        one_weight(tmp_path, scales).load_quantized("w", scale_format="ue8m0")
+    with pytest.raises(ValueError, match="scales must be normal powers of two"):
+        to_ue8m0_scales(scales)
+
+
+# --- What is wrong -------------------------------------------------------------------------------
+
+FLOAT_SCALES = np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scales", "values", "kind", "message"),
+    [
+        (FLOAT_SCALES.astype(ml_dtypes.bfloat16), None, TypeError, "F32 or F8_E8M0, got BF16$"),
+        (FLOAT_SCALES.T, None, ValueError, r"must be \[2, 3\] for a weight \[256, 384\], got \[3"),
+        (FLOAT_SCALES, np.zeros((256, 384), np.float32), TypeError, r"F8_E4M3 \[n, k\], got F32"),
+    ],
+    ids=["bf16-scales", "transposed-scales", "float-weight"],
+)
+def test_wrong_tensors(
+    tmp_path: pathlib.Path, scales: Any, values: Any, kind: type[Exception], message: str
+) -> None:
+    opened = one_weight(tmp_path, scales, values)
+    with pytest.raises(kind, match=rf"^Checkpoint.load_quantized: w.weight.*{message}"):
+        opened.load_quantized("w")
+
+
+def test_missing_tensor_and_scale_format(tmp_path: pathlib.Path) -> None:
+    opened = one_weight(tmp_path, FLOAT_SCALES)
+    with pytest.raises(KeyError, match=r"load_quantized: there is no tensor v.weight"):
+        opened.load_quantized("v")
+    with pytest.raises(ValueError, match="scale_format must be None, 'float32' or 'ue8m0', got 'e"):
+        opened.load_quantized("w", scale_format="e8m0")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="experts must not be empty"):
+        opened.load_experts("w{}", [])
+
+
+def test_shards_that_would_cut_a_block(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+    opened = one_weight(tmp_path, FLOAT_SCALES)
+    message = "^quantized_sharding: shards of rows must be a multiple of 128, .* got 64 of 256"
+    with pytest.raises(ValueError, match=message):
+        opened.load_quantized("w", sharding=NamedSharding(mesh, P("e", None)))
+
+
+def test_experts_of_different_shapes(tmp_path: pathlib.Path) -> None:
+    tensors = {
+        f"e.{i}": QuantizedArray(
+            jnp.zeros((rows, 128), jnp.float8_e4m3fn), jnp.ones((rows // 128, 1))
+        )
+        for i, rows in enumerate((128, 256))
+    }
+    save_checkpoint(tmp_path, tensors)
+    with pytest.raises(ValueError, match=r"load_experts: e.1 must be \[128, 128\] like the others"):
+        Checkpoint(tmp_path).load_experts("e.{}", range(2))
+
+
+def test_parts_end_with_a_block(tmp_path: pathlib.Path) -> None:
+    tensors = {
+        name: QuantizedArray(jnp.zeros((72, 128), jnp.float8_e4m3fn), jnp.ones((1, 1)))
+        for name in ("gate", "up")
+    }
+    save_checkpoint(tmp_path, tensors)
+    with pytest.raises(
+        ValueError, match=r"gate.weight must have a multiple of 128 rows, because up"
+    ):
+        Checkpoint(tmp_path).load_quantized(["gate", "up"])
+
+
+def test_writer_refuses_what_the_format_does_not_have(tmp_path: pathlib.Path) -> None:
+    tokens = jax_deepgemm.quantize_per_token(np.ones((256, 128), np.float32))
+    with pytest.raises(ValueError, match="w must have 128 x 128 blocks, got 1 x 128"):
+        save_checkpoint(tmp_path, {"w": tokens})
+    e5m2 = jax_deepgemm.quantize_per_block(np.ones((256, 128), np.float32), dtype="float8_e5m2")
+    with pytest.raises(
+        TypeError, match="w must be float8_e4m3fn with float32 scales, got float8_e5"
+    ):
+        save_checkpoint(tmp_path, {"w": e5m2})
+    uneven = jax_deepgemm.quantize_per_block(np.full((128, 128), 3.0, np.float32))
+    with pytest.raises(ValueError, match="must be normal powers of two"):
+        save_checkpoint(tmp_path, {"w": uneven}, scale_format="ue8m0")
+    experts = jax_deepgemm.quantize_per_block(np.ones((2, 128, 128), np.float32))
+    with pytest.raises(ValueError, match=r"w must have two dimensions, or three and \{\}"):
+        save_checkpoint(tmp_path, {"w": experts})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"short", (1000).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[x"],
+    ids=["empty", "short", "cut", "no-json"],
+)
+def test_damaged_files(tmp_path: pathlib.Path, content: bytes) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"m.safetensors is no safetensors file"):
+        Checkpoint(file)
+
+
+def test_truncated_data(tmp_path: pathlib.Path) -> None:
+    save_checkpoint(tmp_path, two_layers())
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"the bytes of .* do not fit into"):
+        Checkpoint(tmp_path)
+
+
+def test_folder_without_files(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no safetensors file in"):
+        Checkpoint(tmp_path)
+    save_checkpoint(tmp_path, {"x": np.ones(3)})
+    index = json.loads((tmp_path / checkpoint.INDEX).read_text())
+    assert index == {
+        "metadata": {"total_size": 24},
+        "weight_map": {"x": "model-00001-of-00001.safetensors"},
+    }
+    (tmp_path / checkpoint.INDEX).unlink()
+    assert bits(Checkpoint(tmp_path).read("x")) == bits(np.ones(3))
