@@ -19,6 +19,7 @@ from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import declare
 from jax_deepgemm.layout import get_tma_aligned_size
 from jax_deepgemm.operands import Sizes
+from jax_deepgemm.partitioning import Partitioning
 
 
 def declare_gemm(
@@ -27,6 +28,7 @@ def declare_gemm(
     op: str,
     reference: Callable[..., jax.Array],
     batching_rule: Callable[..., tuple[jax.Array, int]],
+    partitioning: Partitioning,
     num_arrays: int = 0,
     assign: Callable[..., Sequence[jax.Array]] = lambda num_groups, *arrays: arrays,
 ) -> Callable[..., jax.Array]:
@@ -40,6 +42,7 @@ def declare_gemm(
         op: which of `config.OPS` it is.
         reference: (*operands) -> bfloat16[..., n] in jax.numpy.
         batching_rule: as for `declare`.
+        partitioning: how the operation is split over devices.
         num_arrays: arrays that the target takes beside the matrices.
         assign: (number of groups, *operands behind the matrices) -> these arrays.
     """
@@ -93,6 +96,8 @@ def declare_gemm(
         operand_layouts=(None, (1, 0), None, None, *(None,) * num_arrays),
         prepare=prepare,
         batching_rule=batching_rule,
+        partition=partitioning.automatic,
+        explicit=partitioning.explicit,
     )
 
 

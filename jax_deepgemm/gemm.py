@@ -12,6 +12,7 @@ from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
 from jax_deepgemm.grouped import bind_masked
 from jax_deepgemm.operands import Operand, check_pairs, check_static
+from jax_deepgemm.partitioning import Dimensions, Partitioning
 from jax_deepgemm.reference import BLOCK
 
 _NAME = "gemm_fp8_fp8_bf16_nt"
@@ -56,6 +57,7 @@ _gemm = declare_gemm(
     op="dense",
     reference=reference.gemm_fp8_fp8_bf16_nt,
     batching_rule=_batch,
+    partitioning=Partitioning(_NAME, Dimensions(("mk", "mj", "nk", "ij"), "mn")),
 )
 
 
