@@ -1,15 +1,16 @@
-"""How an operation is split over the devices of a mesh that XLA, not the user, partitions for.
+"""How an operation is split over devices where the user leaves that to XLA or to types.
 
-A plan says which dimensions are split over which mesh axes; `compute` is what each device does then:
+A plan says which dimensions are split over which mesh axes; `compute` is what a device does then:
 
 - m and n: nothing but its own rows and columns of the result;
 - k: its part of the sum; the parts, rounded to bfloat16, are added in float32 and rounded again;
-- groups: its own groups, zero in rows of others; the sum over devices is exact, because all but
-  one of its terms are zero. Masked groups are independent problems, and need no sum.
+- groups: its own groups, zero in rows of others; in the sum over devices, all terms of a row but
+  one are zero, and no bit of that one changes. Masked groups are problems apart: no sum.
 
 Weights stay where they are wherever that is possible: see `automatic_plan`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_deepgemm.ffi.primitive import no_mesh
-
 from jax_deepgemm.reference import BLOCK
 
 Axes = tuple[str, ...]
@@ -244,22 +244,34 @@ def compute(
     shard = Shard(
         {name: lax.axis_index(axes) * local[name] for name, axes in plan.items() if axes}, local
     )
-    arrays, parameters = localize(shard, arrays, parameters)
+    assignment, parameters = localize(shard, arrays, parameters)
     if "k" in shard.starts and local["k"] % BLOCK:
         a, sfa, _ = _place(a, sfa, shard.starts["k"], a.ndim - 1)
         b, sfb, _ = _place(b, sfb, shard.starts["k"], b.ndim - 1)
     first_column = None
     if "n" in shard.starts and local["n"] % BLOCK:
         b, sfb, first_column = _place(b, sfb, shard.starts["n"], b.ndim - 2)
-    d = function(a, sfa, b, sfb, *arrays, **parameters)
+    d = function(a, sfa, b, sfb, *assignment, **parameters)
     if first_column is not None:
         d = lax.dynamic_slice_in_dim(d, first_column, local["n"], axis=d.ndim - 1)
-    summed = plan["k"] + (plan["g"] if dimensions.sums_groups else ())
+    if dimensions.sums_groups and plan["g"]:
+        d = _sum_of_one(d, plan["g"])
     if plan["k"]:
-        d = lax.psum(d.astype(jnp.float32), summed).astype(d.dtype)
-    elif summed:
-        d = lax.psum(d, summed)
+        d = lax.psum(d.astype(jnp.float32), plan["k"]).astype(d.dtype)
     return d
+
+
+def _sum_of_one(d: jax.Array, axes: Axes) -> jax.Array:
+    """Adds up over devices what is +0 on all but one of them, without changing a bit.
+
+    Two values at a time, as an integer: no sign of a zero and no NaN is lost, it takes no more
+    than the bytes of d, and XLA's CPU compiler aborts on some sums of bfloat16.
+    """
+    if d.shape[-1] % 2:
+        whole: jax.Array = lax.psum(d.astype(jnp.float32), axes).astype(d.dtype)
+        return whole
+    pairs = lax.bitcast_convert_type(d.reshape(*d.shape[:-1], -1, 2), jnp.uint32)
+    return lax.bitcast_convert_type(lax.psum(pairs, axes), d.dtype).reshape(d.shape)
 
 
 def _place(
@@ -393,31 +405,53 @@ class Partitioning(NamedTuple):
             jax.sharding.reshard(operand, NamedSharding(mesh, spec))
             for operand, spec in zip(operands, in_specs, strict=True)
         ]
-        used = {axis for axes in plan.values() for axis in axes}
-        if not used:
+        if not any(plan.values()):
             return bind(*resharded, **parameters)
 
-        def part(*shards: jax.Array) -> jax.Array:
-            return compute(
-                bind,
-                self.dimensions,
-                self.localize,
-                plan,
-                sizes,
-                mesh.shape,
-                shards,
-                parameters,
-            )
+        split = _explicit_call(
+            self,
+            bind,
+            mesh,
+            tuple(plan.items()),
+            tuple(sizes.items()),
+            tuple(sorted(parameters.items())),
+        )
+        return split(*resharded)
 
+
+@functools.lru_cache(maxsize=4096)  # one function for one call, so that it is compiled once
+def _explicit_call(
+    partitioning: Partitioning,
+    bind: Callable[..., jax.Array],
+    mesh: AbstractMesh,
+    plan_items: tuple[tuple[str, Axes], ...],
+    size_items: tuple[tuple[str, int], ...],
+    parameters: tuple[tuple[str, Any], ...],
+) -> Callable[..., jax.Array]:
+    """The operation on operands split by this plan, under the types of an explicit mesh."""
+    dimensions, plan, sizes = partitioning.dimensions, dict(plan_items), dict(size_items)
+
+    def part(*shards: jax.Array) -> jax.Array:
+        return compute(
+            bind,
+            dimensions,
+            partitioning.localize,
+            plan,
+            sizes,
+            mesh.shape,
+            shards,
+            dict(parameters),
+        )
+
+    split = jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=tuple(operand_specs(dimensions, plan, sizes, mesh.shape)),
+        out_specs=result_spec(dimensions, plan),
         # Only over the axes that it is split over: `jax.vmap` may keep another one for the batch.
-        d: jax.Array = jax.shard_map(
-            part,
-            mesh=mesh,
-            in_specs=tuple(in_specs),
-            out_specs=result_spec(self.dimensions, plan),
-            axis_names=used,
-        )(*resharded)
-        return d
+        axis_names={axis for axes in plan.values() for axis in axes},
+    )
+    return jax.jit(split)  # op by op, JAX 0.11.2 crashes on some operations of a shard_map
 
 
 def _replicated(mesh: Mesh) -> NamedSharding:

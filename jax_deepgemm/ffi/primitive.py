@@ -135,13 +135,13 @@ def declare(
             return bind_here(*operands, **parameters)
         shapes = tuple((operand.shape, operand.dtype) for operand in operands)
         # The call is not the same for XLA's older partitioner.
-        shardy = bool(jax.config.jax_use_shardy_partitioner)
+        shardy = bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
         call = call_of(shapes, tuple(sorted(parameters.items())), shardy)
         output: jax.Array = partitioned.bind(*operands, call=call, **parameters)
         return output
 
     def inline(*operands: jax.Array, call: ClosedJaxpr, **_: Any) -> jax.Array:
-        (d,) = jaxpr_as_fun(call)(*operands)
+        d: jax.Array = jaxpr_as_fun(call)(*operands)[0]
         return d
 
     mlir.register_lowering(partitioned, mlir.lower_fun(inline, multiple_results=False))
