@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.arguments import H100_SMS
-from jax_deepgemm.config import OPS, GemmConfig, Problem, check_config, check_problem
+from jax_deepgemm.config import FP8_TYPES, OPS, GemmConfig, Problem, check_config, check_problem
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import declare
@@ -70,6 +70,8 @@ def declare_gemm(
             n=n,
             k=k,
             num_sms=num_sms,
+            a_type=FP8_TYPES.index(a.dtype.name),
+            b_type=FP8_TYPES.index(b.dtype.name),
         )
         # A configuration of zeros: the device that the call runs on selects one.
         names = GemmConfig.__dataclass_fields__

@@ -49,6 +49,13 @@ Grouping ToGrouping(int64_t number) {
   return static_cast<Grouping>(number);
 }
 
+Fp8 ToFp8(int64_t number) {
+  if (number < static_cast<int64_t>(Fp8::kE4M3) || number > static_cast<int64_t>(Fp8::kE5M2)) {
+    throw Error(ErrorCode::kInvalidArgument, "there is no FP8 type " + std::to_string(number));
+  }
+  return static_cast<Fp8>(number);
+}
+
 GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config) {
   if (const std::string why = WhyUnsupported(problem); !why.empty()) {
     throw Error(ErrorCode::kInvalidArgument, why);

@@ -22,6 +22,9 @@ jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config)
 // The grouping of that number; throws Error if there is none.
 Grouping ToGrouping(int64_t number);
 
+// The FP8 type of that number; throws Error if there is none.
+Fp8 ToFp8(int64_t number);
+
 // `config` if given and legal, else the selected one; throws Error naming what is wrong.
 GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config);
 

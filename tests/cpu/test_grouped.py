@@ -292,9 +292,9 @@ BAD = [
     ),
     (
         "ragged",
-        {"a": zeros(jnp.float8_e5m2, M, K)},
+        {"a": zeros(jnp.float8_e5m2fnuz, M, K)},
         TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got float8_e5m2[16, 144]",
+        "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got float8_e5m2fnuz[16, 144]",
     ),
     (
         "contiguous",
