@@ -99,7 +99,7 @@ GemmAttributes ReadAttributes(const xffi::Dictionary& problem) {
 struct DevicePlan {
   GemmProblem problem;
   GemmConfig config;
-  jit::Kernel* kernel;  // lives as long as the process
+  std::shared_ptr<jit::Kernel> kernel;
 };
 
 // One call site, on all devices and for all executions. XLA drives devices from threads of their
@@ -136,8 +136,11 @@ class GemmState {
                           narrow(attributes_.cluster_k),  narrow(attributes_.raster_m)};
     }
     const GemmConfig planned = PlanGemm(problem, config);
-    return {problem, planned, &GetGemmKernel(problem, planned)};
+    return {problem, planned, GetGemmKernel(problem, planned)};
   }
+
+  // Compiles the kernel for `device`, and keeps it for when that, or one like it, is prepared.
+  void Compile(CUdevice device) { owned_.push_back(std::make_unique<DevicePlan>(Plan(device))); }
 
   // Makes `device` ready to execute; cheap once it is.
   void Prepare(int32_t device) {
@@ -240,8 +243,8 @@ xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(xffi::Dictionary problem) 
     attributes = ReadAttributes(problem);
     const jit::Driver& driver = jit::GetDriver();
     state = std::make_unique<GemmState>(attributes, driver);
-    // Compile now, where an error is the user's compile error; the kernel stays in the process.
-    state->Plan(CompileDevice(driver));
+    // Compile now, where an error is the user's compile error.
+    state->Compile(CompileDevice(driver));
   });
   if (status.failure()) return xffi::Unexpected(status);
   return state;

@@ -6,7 +6,7 @@
 namespace dg::ffi {
 
 // Adds Error, set_nvrtc_locator, jit_compile, interleave, digest, toolchain, cache_dir and
-// cuda_devices to `m`.
+// cuda_devices and loaded_libraries to `m`.
 void BindJit(nanobind::module_& m);
 
 }  // namespace dg::ffi

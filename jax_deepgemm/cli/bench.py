@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import machine, moe, tables, torch_baseline
+from jax_deepgemm.cli import chain, machine, moe, tables, torch_baseline
 from jax_deepgemm.cli.compare import (
     KEY_FIELDS,
     comparison_table,
@@ -79,6 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="also measure uneven and mostly empty groups, and JAX's own grouped products",
+    )
+    parser.add_argument(
+        "--chain",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also measure a program of many layers: the time between its kernels, with and "
+        "without CUDA graphs",
     )
     parser.add_argument(
         "--output",
@@ -159,6 +166,8 @@ def load_results(text: str) -> dict[str, Any]:
                 raise argparse.ArgumentTypeError(f"{text}: config: {error}") from error
     if "moe" in document:
         _require(f"{text}: moe", document["moe"], set(moe.PARTS))
+    if "chain" in document:
+        _require(f"{text}: chain", document["chain"], set(chain.FIELDS))
     for part, entries in moe.parts_of(document).items():
         for entry in entries:
             _require(f"{text}: an entry of {part}", entry, {*moe.ENTRY_FIELDS, "ragged"})
@@ -216,6 +225,8 @@ def _report(document: dict[str, Any], peer: dict[str, Any] | None) -> bool:
         show(tables.sweep_table(document["rows"]))
     for part, entries in moe.parts_of(document).items():
         show(moe.moe_table(part, entries))
+    if "chain" in document:
+        show(chain.text(document["chain"]))
     show(f"host cost of a jitted call, us: {document['host_call_us']}")
     if peer:
         if not matching_times(document["rows"], peer["rows"]):
@@ -265,6 +276,10 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
                 baselines |= yardstick(row, args.compare["rows"])
             document["rows"].append(row)
         state["after"] = machine.query_gpus()
+        if args.output:
+            _write(document, args.output)
+    if args.chain:
+        document["chain"] = chain.measure(args.iterations, seed)
         if args.output:
             _write(document, args.output)
     if args.moe:
