@@ -145,6 +145,8 @@ void BindJit(nb::module_& m) {
       "DG_CACHE_DIR or its default; empty when there is neither the variable nor a home folder.");
   m.def("loaded_libraries", &jit::LoadedLibraries,
         "How many libraries of kernels are loaded; they go with the executables that own them.");
+  m.def("launches", &jit::Launches,
+        "How many launches were enqueued or recorded; a graph that is replayed adds none.");
   m.def("cuda_devices", &CudaDevices,
         "One dict per GPU: name, ordinal, major, minor, num_sms. Empty when libcuda is absent or "
         "reports no device; any other failure of the driver raises Error.");

@@ -47,10 +47,13 @@ void SetDynamicSmem(const Driver& driver, CUkernel kernel, int smem_bytes, CUdev
 }
 
 std::atomic<int> loaded_libraries{0};
+std::atomic<std::int64_t> launches{0};
 
 }  // namespace
 
 int LoadedLibraries() { return loaded_libraries.load(); }
+
+std::int64_t Launches() { return launches.load(std::memory_order_relaxed); }
 
 Kernel::Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, int cluster_size)
     : cubin_(std::move(cubin)),
@@ -121,6 +124,7 @@ void Kernel::Launch(CUstream stream, int grid, void** args) const {
   // cuLaunchKernel).
   Check(driver_->cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel_), args, nullptr),
         "cuLaunchKernelEx");
+  launches.fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace dg::jit

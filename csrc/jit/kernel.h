@@ -59,4 +59,7 @@ class Kernel {
 // How many libraries of kernels this process has loaded and not unloaded.
 int LoadedLibraries();
 
+// How many launches this process has enqueued or recorded. A graph that is replayed adds none.
+std::int64_t Launches();
+
 }  // namespace dg::jit
