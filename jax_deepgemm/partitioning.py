@@ -301,9 +301,7 @@ def _place(
     num_blocks = -(-padded // BLOCK)
     room = [(0, num_blocks if i == axis else 0) for i in range(scales.ndim)]
     scales = lax.dynamic_slice_in_dim(jnp.pad(scales, room), start // BLOCK, num_blocks, axis)
-    # What lies behind the shard is zero, and stays it though its own scale be infinite.
-    block = lax.broadcasted_iota(jnp.int32, scales.shape, axis)
-    return values, jnp.where(block * BLOCK < offset + size, scales, 0), offset
+    return values, scales, offset
 
 
 class Partitioning(NamedTuple):

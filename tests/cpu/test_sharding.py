@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jax_deepgemm
 from jax_deepgemm.partitioning import Dimensions, automatic_plan, dimension_sizes, spec_axes
@@ -276,7 +276,7 @@ def test_split_groups_keep_the_offset(offset: int) -> None:
 
 
 def test_bad_values_stay_in_their_row_where_shards_cut_blocks() -> None:
-    """A neighbour's scale that is infinite must not meet the zeros that fill a shard's block."""
+    """A shard's zeros meet a neighbour's infinite scale only in rows that have it anyway."""
     case = make("dense", 16, 192, 656)
     sfa = np.array(case.operands[1])
     sfa[0, 3] = np.inf
@@ -301,12 +301,29 @@ def test_sizes_that_do_not_divide_stay_whole(op: str) -> None:
     case.check(function(*(jax.device_put(x, NamedSharding(mesh, P())) for x in case.operands)))
 
 
-@pytest.mark.parametrize("m", [8, 24, 64])
-def test_contiguous_blocks_of_rows_are_not_cut(m: int) -> None:
+@pytest.mark.parametrize(("rows", "split"), [(8, False), (64, False), (128, True), (192, False)])
+def test_contiguous_blocks_of_rows_are_not_cut(rows: int, split: bool) -> None:
     """Shards of rows would begin inside the 128 rows that must have one group."""
-    mesh = mesh_of(x=8)
-    case = make("contiguous", 8 * m, 64, 128, groups=3)
-    case.check(jax.jit(case.function)(*case.put(mesh, {"m": "x"})))
+    case = make("contiguous", 8 * rows, 64, 128, groups=3)
+    d = jax.jit(case.function)(*case.put(mesh_of(x=8), {"m": "x"}))
+    case.check(d)
+    assert d.sharding.is_fully_replicated == (not split)
+
+
+def test_split_masked_rows_take_any_count() -> None:
+    """Numbers out of range, too, from which a shard's first row can not be taken."""
+    problem = grouped_cases.Problem("masked", 8, 24, 64, 128)
+    operands = problem.operands(seed=2)
+    counts = np.array([-(2**31), 2**31 - 1, -1, 0, 1, 5, 6, 24], np.int32)
+    case = Case(
+        "masked",
+        (*operands, counts),
+        problem.oracle(operands, counts),
+        lambda *x: grouped_cases.call("masked", *x),
+    )
+    d = jax.jit(case.function)(*case.put(mesh_of(x=4), {"m": "x"}))
+    case.check(d)
+    assert not np.asarray(d)[0].any()
 
 
 def test_masked_hint_follows_split_rows() -> None:
@@ -379,10 +396,11 @@ def test_eager_calls_follow_their_operands() -> None:
 def test_equal_calls_are_one_call() -> None:
     """JAX's caches compare the call's identity: another one would be compiled again."""
     case = make("dense", 8, 16, 48)
-    calls = [
-        jax.make_jaxpr(case.function)(*case.operands).eqns[-1].params["call"] for _ in range(2)
-    ]
-    assert calls[0] is calls[1]
+
+    def call() -> Any:  # of a function that JAX has not traced yet
+        return jax.make_jaxpr(lambda *x: case.function(*x))(*case.operands).eqns[-1].params["call"]
+
+    assert call() is call()
 
 
 def test_the_older_partitioner() -> None:
@@ -521,6 +539,18 @@ def test_shard_map_over_some_axes(op: str, kind: AxisType) -> None:
     with jax.set_mesh(mesh):
         case.check(jax.jit(split)(*operands))
     assert set(varying) == {frozenset({"x"} if plan else ())}
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_shard_map_lowers_without_devices(op: str) -> None:
+    """For a mesh that exists elsewhere: nothing here asks for the devices."""
+    case = make(op, ROWS[op], 256, 256)
+    mesh = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    specs = tuple(P() for _ in case.operands)
+    mapped = jax.shard_map(case.function, mesh=mesh, in_specs=specs, out_specs=P())
+    whole = NamedSharding(mesh, P())
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in case.operands]
+    assert len(cuda_calls(cuda_text(mapped, *shapes))) == 1
 
 
 def quantized_linear(x: jax.Array, w: jax.Array) -> jax.Array:
