@@ -17,6 +17,7 @@ def run_processes(count: int, platform: str, *, seconds: float) -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": platform,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process may have most of a GPU's memory
     }
     processes = [
         subprocess.Popen(
