@@ -61,7 +61,7 @@ def declare(
         explicit: (bind on one device, operands, parameters) -> the result on a mesh with explicit
             axes, None if the operands' types have no such axes.
     """
-    primitive = Primitive(name)  # on one device
+    primitive = Primitive(f"{name}_local")  # what one device computes
     partitioned = Primitive(name)  # with the parameter `call`
 
     def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
