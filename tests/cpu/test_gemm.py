@@ -506,7 +506,8 @@ def test_cuda_call(m: int, padded: int) -> None:
     assert pads == ([str(padded - m)] if padded != m else [])
 
 
-DENSE_PROBLEM = {"op": 0, "num_groups": 1, "m": M, "expected_m": 0, "n": N, "k": K}
+TYPES = {"a_type": 0, "b_type": 0}
+DENSE_PROBLEM = {"op": 0, "num_groups": 1, "m": M, "expected_m": 0, "n": N, "k": K} | TYPES
 
 
 def test_cuda_call_leaves_the_choice_to_the_device(operands: numerics.DenseOperands) -> None:
