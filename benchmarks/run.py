@@ -1,7 +1,7 @@
 """Runs `python -m jax_deepgemm bench`, writing to benchmarks/results/<gpu>.json.
 
 python benchmarks/run.py                                     everything that is published
-python benchmarks/run.py --shapes decode --no-moe --sweep    any option of `bench`
+python benchmarks/run.py --shapes decode --no-moe --no-chain --sweep    any option of `bench`
 """
 
 import pathlib
@@ -13,5 +13,5 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    published = ["--shapes", "seed", "ragged", "--moe"]
+    published = ["--shapes", "seed", "ragged", "--moe", "--chain"]
     sys.exit(main(["bench", *published, "--output", str(RESULTS), *sys.argv[1:]]))

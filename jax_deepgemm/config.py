@@ -9,6 +9,9 @@ from jax_deepgemm.ffi import _native
 OPS = ("dense", "contiguous", "masked", "ragged")
 """The operations, by the numbers that the native side knows them by."""
 
+FP8_TYPES = ("float8_e4m3fn", "float8_e5m2")
+"""What A and B may hold, each either, by the same kind of numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmConfig:
@@ -59,6 +62,8 @@ class Problem(NamedTuple):
         n: rows of one weight matrix.
         k: columns of A and B.
         num_sms: SMs the kernel may use; in the custom call 0 for all that the device has.
+        a_type: index into FP8_TYPES.
+        b_type: the same of B.
     """
 
     op: int
@@ -68,6 +73,8 @@ class Problem(NamedTuple):
     n: int
     k: int
     num_sms: int
+    a_type: int = 0
+    b_type: int = 0
 
 
 # It has room for every configuration there is: k-blocks for four CTAs to split, and SMs for them to

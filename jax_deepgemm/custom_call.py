@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm.arguments import H100_SMS
-from jax_deepgemm.config import OPS, GemmConfig, Problem, check_config, check_problem
+from jax_deepgemm.config import FP8_TYPES, OPS, GemmConfig, Problem, check_config, check_problem
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import declare
 from jax_deepgemm.layout import get_tma_aligned_size
 from jax_deepgemm.operands import Sizes
+from jax_deepgemm.partitioning import Partitioning
 
 
 def declare_gemm(
@@ -27,6 +28,7 @@ def declare_gemm(
     op: str,
     reference: Callable[..., jax.Array],
     batching_rule: Callable[..., tuple[jax.Array, int]],
+    partitioning: Partitioning,
     num_arrays: int = 0,
     assign: Callable[..., Sequence[jax.Array]] = lambda num_groups, *arrays: arrays,
 ) -> Callable[..., jax.Array]:
@@ -40,6 +42,7 @@ def declare_gemm(
         op: which of `config.OPS` it is.
         reference: (*operands) -> bfloat16[..., n] in jax.numpy.
         batching_rule: as for `declare`.
+        partitioning: how the operation is split over devices.
         num_arrays: arrays that the target takes beside the matrices.
         assign: (number of groups, *operands behind the matrices) -> these arrays.
     """
@@ -67,6 +70,8 @@ def declare_gemm(
             n=n,
             k=k,
             num_sms=num_sms,
+            a_type=FP8_TYPES.index(a.dtype.name),
+            b_type=FP8_TYPES.index(b.dtype.name),
         )
         # A configuration of zeros: the device that the call runs on selects one.
         names = GemmConfig.__dataclass_fields__
@@ -93,6 +98,8 @@ def declare_gemm(
         operand_layouts=(None, (1, 0), None, None, *(None,) * num_arrays),
         prepare=prepare,
         batching_rule=batching_rule,
+        partition=partitioning.automatic,
+        explicit=partitioning.explicit,
     )
 
 

@@ -12,6 +12,7 @@ from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
 from jax_deepgemm.grouped import bind_masked
 from jax_deepgemm.operands import Operand, check_pairs, check_static
+from jax_deepgemm.partitioning import Dimensions, Partitioning
 from jax_deepgemm.reference import BLOCK
 
 _NAME = "gemm_fp8_fp8_bf16_nt"
@@ -56,6 +57,7 @@ _gemm = declare_gemm(
     op="dense",
     reference=reference.gemm_fp8_fp8_bf16_nt,
     batching_rule=_batch,
+    partitioning=Partitioning(_NAME, Dimensions(("mk", "mj", "nk", "ij"), "mn")),
 )
 
 
@@ -67,8 +69,9 @@ def gemm_fp8_fp8_bf16_nt(
     d[i, j] = sum over x of a[i, x] * sfa[i, x // 128] * b[j, x] * sfb[j // 128, x // 128]
 
     Partial sums over 128 values of k come from the FP8 tensor cores and are accumulated, times
-    their scales, in float32. On a CPU the same call computes `reference.gemm_fp8_fp8_bf16_nt`.
-    Results are bitwise the same from run to run.
+    their scales, in float32. Either matrix may be float8_e5m2 instead of float8_e4m3fn, whose range
+    gradients want. On a CPU the same call computes `reference.gemm_fp8_fp8_bf16_nt`. Results are
+    bitwise the same from run to run.
 
     Args:
         lhs: (a, sfa): float8_e4m3fn[m, k] and float32[m, ceil(k/128)], for example from

@@ -25,12 +25,16 @@ from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import declare_gemm, options
 from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
 from jax_deepgemm.operands import Operand, check_integers, check_pairs, describe
+from jax_deepgemm.partitioning import Dimensions, Partitioning, Shard
 
 _CONTIGUOUS = "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous"
 _MASKED = "m_grouped_gemm_fp8_fp8_bf16_nt_masked"
 _RAGGED = "m_grouped_gemm_fp8_fp8_bf16_nt_ragged"
 
 _FILLS = ("undefined", "zero")
+
+Local = tuple[Sequence[jax.Array], dict[str, Any]]
+"""Arrays that assign rows to groups, and parameters, as one device of several gets them."""
 
 
 def _batch_contiguous(
@@ -124,11 +128,48 @@ def _block_groups(num_groups: int, m_indices: jax.Array) -> tuple[jax.Array, jax
     return m_indices, jnp.where(group < 0, -1, 2 * group + has_padding)
 
 
+def _local_indices(shard: Shard, arrays: Sequence[jax.Array], parameters: dict[str, Any]) -> Local:
+    (indices,) = arrays
+    if "g" in shard.starts:
+        start, size = shard.starts["g"], shard.sizes["g"]
+        held = (indices >= start) & (indices < start + size)
+        indices = jnp.where(held, indices - start, -1)
+    return (indices,), parameters
+
+
+def _local_counts(shard: Shard, arrays: Sequence[jax.Array], parameters: dict[str, Any]) -> Local:
+    (counts,) = arrays
+    if "m" in shard.starts:
+        size = shard.sizes["m"]
+        # Counts may be any numbers: clipped first, so that the difference does not overflow.
+        counts = jnp.clip(counts, 0, shard.starts["m"] + size) - shard.starts["m"]
+        parameters = parameters | {"expected_m": min(parameters["expected_m"], size)}
+    return (counts,), parameters
+
+
+def _local_sizes(shard: Shard, arrays: Sequence[jax.Array], parameters: dict[str, Any]) -> Local:
+    sizes, offset = arrays
+    if "m" in shard.starts:
+        start, size = shard.starts["m"], shard.sizes["m"]
+        ends = reference.group_ends(sizes, np.iinfo(np.int32).max).astype(jnp.int32)
+        ends = jnp.clip(ends, start, start + size) - start
+        sizes = jnp.diff(ends, prepend=0)
+    if "g" in shard.starts:
+        offset = offset + shard.starts["g"]
+    return (sizes, offset), parameters
+
+
 _contiguous = declare_gemm(
     _CONTIGUOUS,
     op="contiguous",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
     batching_rule=_batch_contiguous,
+    partitioning=Partitioning(
+        _CONTIGUOUS,
+        Dimensions(("mk", "mj", "gnk", "gij", "m"), "mn"),
+        _local_indices,
+        m_unit=get_m_alignment_for_contiguous_layout(),
+    ),
     num_arrays=2,
     assign=_block_groups,
 )
@@ -138,6 +179,9 @@ bind_masked = declare_gemm(
     op="masked",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_masked,
     batching_rule=_batch_masked,
+    partitioning=Partitioning(
+        _MASKED, Dimensions(("gmk", "gmj", "gnk", "gij", "g"), "gmn"), _local_counts
+    ),
     num_arrays=1,
 )
 
@@ -146,6 +190,9 @@ _ragged = declare_gemm(
     op="ragged",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_ragged,
     batching_rule=_batch_ragged,
+    partitioning=Partitioning(
+        _RAGGED, Dimensions(("mk", "mj", "gnk", "gij", "s", "o"), "mn"), _local_sizes
+    ),
     num_arrays=2,
 )
 

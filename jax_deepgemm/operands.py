@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_deepgemm.arguments import is_array
+from jax_deepgemm.config import FP8_TYPES
 from jax_deepgemm.reference import BLOCK
 
 Operand = tuple[ArrayLike, ArrayLike]
@@ -29,8 +30,9 @@ def check_pairs(
 
     Args:
         function: the public function, which messages begin with.
-        lhs: what came as (a, sfa): float8_e4m3fn[*rows, k] and float32[*rows, ceil(k/128)].
-        rhs: what came as (b, sfb): float8_e4m3fn[*groups, n, k] and
+        lhs: what came as (a, sfa): FP8 [*rows, k] and float32[*rows, ceil(k/128)]. FP8 is either
+            of FP8_TYPES, here and in b.
+        rhs: what came as (b, sfb): FP8 [*groups, n, k] and
             float32[*groups, ceil(n/128), ceil(k/128)].
         rows: the names of A's dimensions before k.
         groups: the names of B's dimensions before n. A name that stands in `rows`, too, is the
@@ -43,24 +45,29 @@ def check_pairs(
     a, sfa = _pair(function, "lhs", "(a, sfa)", lhs)
     b, sfb = _pair(function, "rhs", "(b, sfb)", rhs)
     sizes: Sizes = {}
-    check_array(function, "a", a, jnp.float8_e4m3fn, (*rows, "k"), sizes)
-    check_array(function, "b", b, jnp.float8_e4m3fn, (*groups, "n", "k"), sizes)
+    check_array(function, "a", a, FP8_TYPES, (*rows, "k"), sizes)
+    check_array(function, "b", b, FP8_TYPES, (*groups, "n", "k"), sizes)
     for size in ("n", "k"):
         sizes[f"ceil({size}/{BLOCK})"] = -(-sizes[size] // BLOCK)
-    check_array(function, "sfa", sfa, jnp.float32, (*rows, "ceil(k/128)"), sizes)
-    check_array(function, "sfb", sfb, jnp.float32, (*groups, "ceil(n/128)", "ceil(k/128)"), sizes)
+    check_array(function, "sfa", sfa, ("float32",), (*rows, "ceil(k/128)"), sizes)
+    check_array(function, "sfb", sfb, ("float32",), (*groups, "ceil(n/128)", "ceil(k/128)"), sizes)
     return (a, sfa, b, sfb), sizes
 
 
 def check_array(
-    function: str, argument: str, array: Any, dtype: Any, names: Sequence[str], sizes: Sizes
+    function: str,
+    argument: str,
+    array: Any,
+    dtypes: Sequence[str],
+    names: Sequence[str],
+    sizes: Sizes,
 ) -> None:
-    """Raises unless the array has this dtype and dimensions of these names.
+    """Raises unless the array has one of these dtypes and dimensions of these names.
 
     A name that `sizes` knows wants that size; another one is added to it, with the array's size.
     """
     wanted = [sizes.get(name) for name in names]
-    right_dtype = array.dtype == np.dtype(dtype)
+    right_dtype = array.dtype.name in dtypes
     right_shape = len(array.shape) == len(names) and all(
         want is None or size == want for size, want in zip(array.shape, wanted, strict=True)
     )
@@ -69,9 +76,11 @@ def check_array(
             name if want is None else str(want) for name, want in zip(names, wanted, strict=True)
         )
         error = ValueError if right_dtype else TypeError
+        types = " or ".join(
+            f"{dtype}[{expected}]" for dtype in ([array.dtype.name] if right_dtype else dtypes)
+        )
         raise error(
-            f"{function}: {argument} must be {np.dtype(dtype).name}[{expected}] "
-            f"({', '.join(names)}), got {describe(array)}"
+            f"{function}: {argument} must be {types} ({', '.join(names)}), got {describe(array)}"
         )
     found = dict(zip(names, array.shape, strict=True))
     check_static(function, **found)
@@ -93,7 +102,7 @@ def check_integers(
             f"{function}: {argument} must be int32, got {describe(value)}: "
             f"cast it with {argument}.astype(jnp.int32)"
         )
-    check_array(function, argument, value, jnp.int32, names, sizes)
+    check_array(function, argument, value, ("int32",), names, sizes)
     return jnp.asarray(value)
 
 

@@ -1,7 +1,8 @@
 """The operations in float32 `jax.numpy`: specification, CPU lowering and test oracle in one.
 
 A function here says what the kernel of the same name computes, on any backend. Operands come as
-flat arguments, already checked by the public operation; shapes are those of its docstring.
+flat arguments, already checked by the public operation; shapes are those of its docstring. Where
+they say float8_e4m3fn, A or B or both may be float8_e5m2.
 """
 
 import jax
@@ -83,8 +84,8 @@ def _to_bytes(values: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(values, jnp.uint8)
 
 
-def _from_bytes(values: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+def _from_bytes(values: jax.Array, like: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(values, like.dtype)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
@@ -117,7 +118,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
 
         def add_group(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             d, group = state
-            product = gemm_fp8_fp8_bf16_nt(a, sfa, _from_bytes(b_bytes[group]), sfb[group])
+            product = gemm_fp8_fp8_bf16_nt(a, sfa, _from_bytes(b_bytes[group], b), sfb[group])
             return jnp.where((groups == group)[:, None], product, d), next_group(group)
 
         # Made of an operand, zero varies over the mesh axes that it varies over.
@@ -159,14 +160,15 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
 
     def multiply(group: tuple[jax.Array, ...]) -> jax.Array:
         a_bytes, sfa, b_bytes, sfb, count = group
-        d = gemm_fp8_fp8_bf16_nt(_from_bytes(a_bytes), sfa, _from_bytes(b_bytes), sfb)
+        a_group, b_group = _from_bytes(a_bytes, a), _from_bytes(b_bytes, b)
+        d = gemm_fp8_fp8_bf16_nt(a_group, sfa, b_group, sfb)
         return jnp.where(row < count, d, 0)
 
     d: jax.Array = lax.map(multiply, (_to_bytes(a), sfa, _to_bytes(b), sfb, masked_m))
     return d
 
 
-def _ends(sizes: jax.Array, m: int) -> jax.Array:
+def group_ends(sizes: jax.Array, m: int) -> jax.Array:
     """The row behind each group's last, as uint32: a sum that stops at m cannot overflow."""
     ends: jax.Array = lax.associative_scan(
         lambda x, y: jnp.minimum(x + y, np.uint32(m)),
@@ -201,7 +203,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
     m = a.shape[0]
     row = jnp.arange(m, dtype=jnp.uint32)[:, None]
     # As many groups end at or before the row.
-    group = jnp.sum(_ends(group_sizes, m) <= row, axis=1, dtype=jnp.int32)
+    group = jnp.sum(group_ends(group_sizes, m) <= row, axis=1, dtype=jnp.int32)
     # The difference overflows only where it is far out of range, and stays out of range.
     held = jnp.where(group < group_sizes.shape[0], group - group_offset, -1)
     return m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(a, sfa, b, sfb, held)

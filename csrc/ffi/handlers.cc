@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -36,30 +38,68 @@ struct GemmAttributes {
   int64_t fill_zero;                        // masked: rows beyond masked_m become zero
   // An explicit configuration; block_m = 0: select one.
   int64_t block_m, block_n, num_stages, math_warpgroups, cluster_m, cluster_n, cluster_k, raster_m;
+  int64_t a_type, b_type;  // an Fp8
 };
 
-}  // namespace
-}  // namespace dg::ffi
+struct Member {
+  const char* name;
+  int64_t GemmAttributes::* value;
+  bool required;  // no: programs that were exported before it existed lack it, and mean 0
+};
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    dg::ffi::GemmAttributes, xla::ffi::StructMember<int64_t>("op"),
-    xla::ffi::StructMember<int64_t>("num_groups"), xla::ffi::StructMember<int64_t>("m"),
-    xla::ffi::StructMember<int64_t>("expected_m"), xla::ffi::StructMember<int64_t>("n"),
-    xla::ffi::StructMember<int64_t>("k"), xla::ffi::StructMember<int64_t>("num_sms"),
-    xla::ffi::StructMember<int64_t>("fill_zero"), xla::ffi::StructMember<int64_t>("block_m"),
-    xla::ffi::StructMember<int64_t>("block_n"), xla::ffi::StructMember<int64_t>("num_stages"),
-    xla::ffi::StructMember<int64_t>("math_warpgroups"),
-    xla::ffi::StructMember<int64_t>("cluster_m"), xla::ffi::StructMember<int64_t>("cluster_n"),
-    xla::ffi::StructMember<int64_t>("cluster_k"), xla::ffi::StructMember<int64_t>("raster_m"));
+constexpr Member kMembers[] = {
+    {"op", &GemmAttributes::op, true},
+    {"num_groups", &GemmAttributes::num_groups, true},
+    {"m", &GemmAttributes::m, true},
+    {"expected_m", &GemmAttributes::expected_m, true},
+    {"n", &GemmAttributes::n, true},
+    {"k", &GemmAttributes::k, true},
+    {"num_sms", &GemmAttributes::num_sms, true},
+    {"fill_zero", &GemmAttributes::fill_zero, true},
+    {"block_m", &GemmAttributes::block_m, true},
+    {"block_n", &GemmAttributes::block_n, true},
+    {"num_stages", &GemmAttributes::num_stages, true},
+    {"math_warpgroups", &GemmAttributes::math_warpgroups, true},
+    {"cluster_m", &GemmAttributes::cluster_m, true},
+    {"cluster_n", &GemmAttributes::cluster_n, true},
+    {"cluster_k", &GemmAttributes::cluster_k, true},
+    {"raster_m", &GemmAttributes::raster_m, true},
+    {"a_type", &GemmAttributes::a_type, false},
+    {"b_type", &GemmAttributes::b_type, false},
+};
 
-namespace dg::ffi {
-namespace {
+// The struct "problem". A member that is not known came from a newer release, and may change what
+// is computed: it is refused.
+GemmAttributes ReadAttributes(const xffi::Dictionary& problem) {
+  GemmAttributes attributes = {};
+  for (const Member& member : kMembers) {
+    if (!problem.contains(member.name)) {
+      if (!member.required) continue;
+      throw Error(ErrorCode::kInvalidArgument, std::string("no attribute ") + member.name);
+    }
+    const xffi::ErrorOr<int64_t> value = problem.get<int64_t>(member.name);
+    if (value.has_error()) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  std::string("attribute ") + member.name + ": " + value.error().message());
+    }
+    attributes.*member.value = *value;
+  }
+  for (const std::string_view name : problem) {
+    const auto has_name = [name](const Member& member) { return name == member.name; };
+    if (std::none_of(std::begin(kMembers), std::end(kMembers), has_name)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "unknown attribute " + std::string(name) +
+                      ": the program was exported by a newer jax_deepgemm than this one");
+    }
+  }
+  return attributes;
+}
 
 // What one kind of device runs: its SM count decides.
 struct DevicePlan {
   GemmProblem problem;
   GemmConfig config;
-  jit::Kernel* kernel;  // lives as long as the process
+  std::shared_ptr<jit::Kernel> kernel;
 };
 
 // One call site, on all devices and for all executions. XLA drives devices from threads of their
@@ -84,7 +124,9 @@ class GemmState {
                                  attributes_.expected_m,
                                  attributes_.n,
                                  attributes_.k,
-                                 num_sms};
+                                 num_sms,
+                                 ToFp8(attributes_.a_type),
+                                 ToFp8(attributes_.b_type)};
     std::optional<GemmConfig> config;
     if (attributes_.block_m != 0) {
       const auto narrow = [](int64_t value) { return static_cast<int>(value); };
@@ -94,8 +136,11 @@ class GemmState {
                           narrow(attributes_.cluster_k),  narrow(attributes_.raster_m)};
     }
     const GemmConfig planned = PlanGemm(problem, config);
-    return {problem, planned, &GetGemmKernel(problem, planned)};
+    return {problem, planned, GetGemmKernel(problem, planned)};
   }
+
+  // Compiles the kernel for `device`, and keeps it for when that, or one like it, is prepared.
+  void Compile(CUdevice device) { owned_.push_back(std::make_unique<DevicePlan>(Plan(device))); }
 
   // Makes `device` ready to execute; cheap once it is.
   void Prepare(int32_t device) {
@@ -191,13 +236,15 @@ xffi::Error Guarded(const GemmAttributes& attributes, const Body& body) {
   }
 }
 
-xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(GemmAttributes attributes) {
+xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(xffi::Dictionary problem) {
   std::unique_ptr<GemmState> state;
+  GemmAttributes attributes = {};
   const xffi::Error status = Guarded(attributes, [&] {
+    attributes = ReadAttributes(problem);
     const jit::Driver& driver = jit::GetDriver();
     state = std::make_unique<GemmState>(attributes, driver);
-    // Compile now, where an error is the user's compile error; the kernel stays in the process.
-    state->Plan(CompileDevice(driver));
+    // Compile now, where an error is the user's compile error.
+    state->Compile(CompileDevice(driver));
   });
   if (status.failure()) return xffi::Unexpected(status);
   return state;
@@ -319,8 +366,11 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     const GemmProblem& problem = plan.problem;
     const int64_t k_blocks = KBlocks(problem);
     const int64_t sfa_pitch = CeilDiv(problem.m, 4) * 4;
-    Check(a, "a", xffi::DataType::F8E4M3FN, {problem.m, problem.k});
-    Check(b, "b", xffi::DataType::F8E4M3FN, {problem.num_groups * problem.n, problem.k});
+    const auto type = [](Fp8 fp8) {
+      return fp8 == Fp8::kE4M3 ? xffi::DataType::F8E4M3FN : xffi::DataType::F8E5M2;
+    };
+    Check(a, "a", type(problem.a_type), {problem.m, problem.k});
+    Check(b, "b", type(problem.b_type), {problem.num_groups * problem.n, problem.k});
     Check(sfa, "sfa", xffi::DataType::F32, {sfa_pitch, k_blocks});
     Check(sfb, "sfb", xffi::DataType::F32,
           {problem.num_groups * CeilDiv(problem.n, 128), k_blocks});
@@ -347,7 +397,7 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
 }
 
 XLA_FFI_DEFINE_HANDLER(kInstantiate, Instantiate,
-                       xffi::Ffi::BindInstantiate().Attr<GemmAttributes>("problem"));
+                       xffi::Ffi::BindInstantiate().Attr<xffi::Dictionary>("problem"));
 
 XLA_FFI_DEFINE_HANDLER(
     kInitialize, Initialize,

@@ -19,6 +19,7 @@
 #include "csrc/jit/environment.h"
 #include "csrc/jit/error.h"
 #include "csrc/jit/interleave.h"
+#include "csrc/jit/kernel.h"
 #include "csrc/jit/source.h"
 
 namespace nb = nanobind;
@@ -142,6 +143,10 @@ void BindJit(nb::module_& m) {
   m.def(
       "cache_dir", [] { return jit::GetEnvironment().cache_dir; },
       "DG_CACHE_DIR or its default; empty when there is neither the variable nor a home folder.");
+  m.def("loaded_libraries", &jit::LoadedLibraries,
+        "How many libraries of kernels are loaded; they go with the executables that own them.");
+  m.def("launches", &jit::Launches,
+        "How many launches were enqueued or recorded; a graph that is replayed adds none.");
   m.def("cuda_devices", &CudaDevices,
         "One dict per GPU: name, ordinal, major, minor, num_sms. Empty when libcuda is absent or "
         "reports no device; any other failure of the driver raises Error.");

@@ -5,8 +5,8 @@
 
 namespace dg::ffi {
 
-// Adds Error, set_nvrtc_locator, jit_compile, interleave, digest, toolchain, cache_dir and
-// cuda_devices to `m`.
+// Adds Error, set_nvrtc_locator, jit_compile, interleave, digest, toolchain, cache_dir,
+// cuda_devices, loaded_libraries and launches to `m`.
 void BindJit(nanobind::module_& m);
 
 }  // namespace dg::ffi

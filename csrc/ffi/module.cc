@@ -47,12 +47,20 @@ GemmConfig WellFormed(const ConfigFields& fields) {
   return config;
 }
 
-// A GemmProblem on its way from Python: op, num_groups, m, expected_m, n, k, num_sms.
-using ProblemFields = std::array<int64_t, 7>;
+// A GemmProblem on its way from Python: op, num_groups, m, expected_m, n, k, num_sms, a_type,
+// b_type.
+using ProblemFields = std::array<int64_t, 9>;
 
 GemmProblem ToProblem(const ProblemFields& fields) {
-  return {ToGrouping(fields[0]),      fields[1], fields[2], fields[3], fields[4], fields[5],
-          static_cast<int>(fields[6])};
+  return {ToGrouping(fields[0]),
+          fields[1],
+          fields[2],
+          fields[3],
+          fields[4],
+          fields[5],
+          static_cast<int>(fields[6]),
+          ToFp8(fields[7]),
+          ToFp8(fields[8])};
 }
 
 template <typename Pointer>

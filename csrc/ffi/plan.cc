@@ -23,23 +23,27 @@ jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& confi
   return source;
 }
 
-jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config) {
-  // Never destroyed: the driver may be gone before static destructors run.
+std::shared_ptr<jit::Kernel> GetGemmKernel(const GemmProblem& problem, const GemmConfig& config) {
+  // Never destroyed: states that the process' end destroys may come later.
   static auto* const mutex = new std::mutex;
-  static auto* const kernels = new std::map<std::string, jit::Kernel>;
+  static auto* const kernels = new std::map<std::string, std::weak_ptr<jit::Kernel>>;
   const std::string name = KernelName(problem, config);
   {
     const std::lock_guard<std::mutex> lock(*mutex);
     const auto found = kernels->find(name);
-    if (found != kernels->end()) return found->second;
+    if (found != kernels->end()) {
+      if (std::shared_ptr<jit::Kernel> kernel = found->second.lock()) return kernel;
+    }
   }
   // Compile outside the lock: other kernels need not wait.
   std::shared_ptr<const jit::Cubin> cubin = jit::GetOrCompile(GemmSource(problem, config));
+  auto made = std::make_shared<jit::Kernel>(std::move(cubin), config.smem().total_bytes(),
+                                            config.threads(), config.cluster_size());
   const std::lock_guard<std::mutex> lock(*mutex);
-  return kernels
-      ->try_emplace(name, std::move(cubin), config.smem().total_bytes(), config.threads(),
-                    config.cluster_size())
-      .first->second;
+  std::weak_ptr<jit::Kernel>& slot = (*kernels)[name];
+  if (std::shared_ptr<jit::Kernel> kernel = slot.lock()) return kernel;  // another thread's
+  slot = made;
+  return made;
 }
 
 Grouping ToGrouping(int64_t number) {
@@ -48,6 +52,13 @@ Grouping ToGrouping(int64_t number) {
     throw Error(ErrorCode::kInvalidArgument, "there is no op " + std::to_string(number));
   }
   return static_cast<Grouping>(number);
+}
+
+Fp8 ToFp8(int64_t number) {
+  if (number < static_cast<int64_t>(Fp8::kE4M3) || number > static_cast<int64_t>(Fp8::kE5M2)) {
+    throw Error(ErrorCode::kInvalidArgument, "there is no FP8 type " + std::to_string(number));
+  }
+  return static_cast<Fp8>(number);
 }
 
 GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 
 #include "csrc/gemm/config.h"
@@ -15,12 +16,14 @@ namespace dg::ffi {
 // compiled ahead of time is found again when a program needs it.
 jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& config);
 
-// The process' kernel for `config`, made on first use and kept: executables and captured graphs
-// may use it from any thread until the process ends. Throws Error.
-jit::Kernel& GetGemmKernel(const GemmProblem& problem, const GemmConfig& config);
+// The process' kernel for `config`, one for all who own it at the same time. Throws Error.
+std::shared_ptr<jit::Kernel> GetGemmKernel(const GemmProblem& problem, const GemmConfig& config);
 
 // The grouping of that number; throws Error if there is none.
 Grouping ToGrouping(int64_t number);
+
+// The FP8 type of that number; throws Error if there is none.
+Fp8 ToFp8(int64_t number);
 
 // `config` if given and legal, else the selected one; throws Error naming what is wrong.
 GemmConfig PlanGemm(const GemmProblem& problem, const std::optional<GemmConfig>& config);

@@ -55,6 +55,8 @@ const char* GroupingName(Grouping grouping) {
   return "unknown";
 }
 
+const char* Fp8Name(Fp8 type) { return type == Fp8::kE4M3 ? "e4m3" : "e5m2"; }
+
 std::string WhyUnsupported(const GemmProblem& problem) {
   // Coordinates are int32, also those of a tile that begins at the last row or column.
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max() - 65536;

@@ -14,6 +14,10 @@ namespace dg {
 // The deepest ring a configuration may have; deeper ones hide no more latency.
 constexpr int kMaxStages = 32;
 
+// The FP8 types that tensor cores multiply, either one on either side. The numbers are part of
+// exported programs: none may change.
+enum class Fp8 : int { kE4M3 = 0, kE5M2 = 1 };
+
 // D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use. Grouped operations
 // have num_groups matrices B, and only the device knows how many rows of A go with each.
 struct GemmProblem {
@@ -24,7 +28,12 @@ struct GemmProblem {
   int64_t n;
   int64_t k;
   int num_sms;
+  Fp8 a_type = Fp8::kE4M3;
+  Fp8 b_type = Fp8::kE4M3;
 };
+
+// "e4m3" or "e5m2", as PTX spells them.
+const char* Fp8Name(Fp8 type);
 
 // "dense", "contiguous", "masked" or "ragged".
 const char* GroupingName(Grouping grouping);

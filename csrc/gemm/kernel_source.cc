@@ -8,7 +8,7 @@ namespace {
 
 // wgmma names each of its n / 2 accumulator registers, so its wrapper is spelt out for the one n a
 // kernel uses. `accumulate` = 0 overwrites the accumulator; ptxas folds it when it is a constant.
-std::string WgmmaFunction(int n) {
+std::string WgmmaFunction(int n, Fp8 a_type, Fp8 b_type) {
   const int registers = n / 2;
   std::ostringstream operands, outputs;
   for (int i = 0; i < registers; ++i) {
@@ -20,8 +20,9 @@ std::string WgmmaFunction(int n) {
        << "__device__ __forceinline__ void wgmma(float (&d)[" << registers << "],\n"
        << "    unsigned long long a, unsigned long long b, int accumulate) {\n"
        << "  asm volatile(\"{ .reg .pred p; setp.ne.b32 p, %" << registers + 2 << ", 0;\\n\"\n"
-       << "    \"wgmma.mma_async.sync.aligned.m64n" << n << "k32.f32.e4m3.e4m3 {" << operands.str()
-       << "}, %" << registers << ", %" << registers + 1 << ", p, 1, 1; }\"\n"
+       << "    \"wgmma.mma_async.sync.aligned.m64n" << n << "k32.f32." << Fp8Name(a_type) << "."
+       << Fp8Name(b_type) << " {" << operands.str() << "}, %" << registers << ", %" << registers + 1
+       << ", p, 1, 1; }\"\n"
        << "    : " << outputs.str() << "\n"
        << "    : \"l\"(a), \"l\"(b), \"r\"(accumulate));\n"
        << "}\n";
@@ -32,10 +33,13 @@ std::string WgmmaFunction(int n) {
 
 std::string KernelName(const GemmProblem& problem, const GemmConfig& config) {
   std::ostringstream name;
-  name << "dg_gemm_fp8_bf16_" << GroupingName(problem.grouping) << "_n" << problem.n << "_k"
-       << problem.k << "_" << config.block_m << "x" << config.block_n << "_s" << config.num_stages
-       << "_w" << config.math_warpgroups << "_c" << config.cluster_m << "x" << config.cluster_n
-       << "x" << config.cluster_k << "_r" << config.raster_m;
+  name << "dg_gemm_fp8_bf16_" << GroupingName(problem.grouping);
+  if (problem.a_type != Fp8::kE4M3 || problem.b_type != Fp8::kE4M3) {
+    name << "_" << Fp8Name(problem.a_type) << "x" << Fp8Name(problem.b_type);
+  }
+  name << "_n" << problem.n << "_k" << problem.k << "_" << config.block_m << "x" << config.block_n
+       << "_s" << config.num_stages << "_w" << config.math_warpgroups << "_c" << config.cluster_m
+       << "x" << config.cluster_n << "x" << config.cluster_k << "_r" << config.raster_m;
   return name.str();
 }
 
@@ -60,7 +64,8 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
   constant("kArrivalsPerWarp", every_thread_arrives ? 32 : 1);
   text << "}  // namespace dg::config\n\n"
        << "namespace dg {\n"
-       << WgmmaFunction(config.smem().warpgroup_n()) << "}  // namespace dg\n\n"
+       << WgmmaFunction(config.smem().warpgroup_n(), problem.a_type, problem.b_type)
+       << "}  // namespace dg\n\n"
        << "#define DG_KERNEL_NAME " << KernelName(problem, config) << "\n"
        << "#include \"gemm.cuh\"\n";
   return text.str();

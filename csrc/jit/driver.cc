@@ -61,6 +61,7 @@ Driver LoadEntryPoints(void* library) {
   entry_points.Load(driver.cuCtxGetDevice, "cuCtxGetDevice", 2000);
   entry_points.Load(driver.cuLibraryLoadData, "cuLibraryLoadData", 12000);
   entry_points.Load(driver.cuLibraryGetKernel, "cuLibraryGetKernel", 12000);
+  entry_points.Load(driver.cuLibraryUnload, "cuLibraryUnload", 12000);
   entry_points.Load(driver.cuKernelGetFunction, "cuKernelGetFunction", 12000);
   entry_points.Load(driver.cuKernelSetAttribute, "cuKernelSetAttribute", 12000);
   entry_points.Load(driver.cuLaunchKernelEx, "cuLaunchKernelEx", 11060);

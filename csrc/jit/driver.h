@@ -27,6 +27,7 @@ struct Driver {
   decltype(&::cuCtxGetDevice) cuCtxGetDevice;
   decltype(&::cuLibraryLoadData) cuLibraryLoadData;
   decltype(&::cuLibraryGetKernel) cuLibraryGetKernel;
+  decltype(&::cuLibraryUnload) cuLibraryUnload;
   decltype(&::cuKernelGetFunction) cuKernelGetFunction;
   decltype(&::cuKernelSetAttribute) cuKernelSetAttribute;
   decltype(&::cuLaunchKernelEx) cuLaunchKernelEx;

@@ -1,5 +1,6 @@
 #include "csrc/jit/kernel.h"
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -45,13 +46,27 @@ void SetDynamicSmem(const Driver& driver, CUkernel kernel, int smem_bytes, CUdev
         "cuKernelSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)");
 }
 
+std::atomic<int> loaded_libraries{0};
+std::atomic<std::int64_t> launches{0};
+
 }  // namespace
+
+int LoadedLibraries() { return loaded_libraries.load(); }
+
+std::int64_t Launches() { return launches.load(std::memory_order_relaxed); }
 
 Kernel::Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, int cluster_size)
     : cubin_(std::move(cubin)),
       smem_bytes_(smem_bytes),
       threads_(threads),
       cluster_size_(cluster_size) {}
+
+Kernel::~Kernel() {
+  if (library_ == nullptr) return;
+  // While the process ends, the driver may be gone, and with it the library.
+  driver_->cuLibraryUnload(library_);
+  --loaded_libraries;
+}
 
 void Kernel::Prepare(int device) {
   if (device < 0 || device >= kMaxDevices) {
@@ -74,6 +89,7 @@ void Kernel::Prepare(int device) {
     Check(driver.cuLibraryLoadData(&library_, cubin_->image.data(), nullptr, nullptr, 0, nullptr,
                                    nullptr, 0),
           "cuLibraryLoadData");
+    ++loaded_libraries;
   }
   if (kernel_ == nullptr) {
     Check(driver.cuLibraryGetKernel(&kernel_, library_, cubin_->entry.c_str()),
@@ -108,6 +124,7 @@ void Kernel::Launch(CUstream stream, int grid, void** args) const {
   // cuLaunchKernel).
   Check(driver_->cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel_), args, nullptr),
         "cuLaunchKernelEx");
+  launches.fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace dg::jit

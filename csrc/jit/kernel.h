@@ -16,8 +16,9 @@
 
 namespace dg::jit {
 
-// A kernel with its launch shape. Made once and kept until the process ends: its library is never
-// unloaded, because executables and captured graphs may launch it at any time.
+// A kernel with its launch shape. Its library is unloaded with it, so what may launch it,
+// executables and their captured graphs, must own it; XLA keeps an executable until its runs are
+// over.
 class Kernel {
  public:
   // Device ordinals are below this: the bits of prepared_.
@@ -26,6 +27,8 @@ class Kernel {
   // `smem_bytes` is the dynamic shared memory per block, `threads` the block's size, `cluster_size`
   // the blocks per cluster along x (1: no clusters). Touches no driver.
   Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, int cluster_size);
+
+  ~Kernel();
 
   Kernel(const Kernel&) = delete;
   Kernel& operator=(const Kernel&) = delete;
@@ -52,5 +55,11 @@ class Kernel {
   CUkernel kernel_ = nullptr;
   std::atomic<std::uint64_t> prepared_{0};  // Bit i: device i is prepared.
 };
+
+// How many libraries of kernels this process has loaded and not unloaded.
+int LoadedLibraries();
+
+// How many launches this process has enqueued or recorded. A graph that is replayed adds none.
+std::int64_t Launches();
 
 }  // namespace dg::jit

@@ -1,7 +1,7 @@
 // Block-scaled FP8 GEMM for Hopper: D[m, n] = sum over k of A[m, k] * B[n, k], dequantised.
 //
-//   A    e4m3 [m, k] row-major       SFA  f32 [m, ceil(k/128)] m-contiguous: one scale per row
-//   B    e4m3 [n, k] row-major            and k-block
+//   A    FP8 [m, k] row-major        SFA  f32 [m, ceil(k/128)] m-contiguous: one scale per row
+//   B    FP8 [n, k] row-major             and k-block
 //   D    bf16 [m, n] row-major       SFB  f32 [ceil(n/128), ceil(k/128)] row-major: one scale per
 //                                         128 x 128 block
 //

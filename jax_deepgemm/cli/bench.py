@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import machine, moe, quantizers, tables, torch_baseline
+from jax_deepgemm.cli import chain, machine, moe, quantizers, tables, torch_baseline
 from jax_deepgemm.cli.compare import (
     KEY_FIELDS,
     comparison_table,
@@ -85,6 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="also measure the quantisers against a copy and XLA, and quantise + GEMM against bf16",
+    )
+    parser.add_argument(
+        "--chain",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also measure a program of many layers: the time between its kernels, with and "
+        "without CUDA graphs",
     )
     parser.add_argument(
         "--output",
@@ -165,6 +172,8 @@ def load_results(text: str) -> dict[str, Any]:
                 raise argparse.ArgumentTypeError(f"{text}: config: {error}") from error
     if "moe" in document:
         _require(f"{text}: moe", document["moe"], set(moe.PARTS))
+    if "chain" in document:
+        _require(f"{text}: chain", document["chain"], set(chain.FIELDS))
     for part, entries in moe.parts_of(document).items():
         for entry in entries:
             _require(f"{text}: an entry of {part}", entry, {*moe.ENTRY_FIELDS, "ragged"})
@@ -227,6 +236,8 @@ def _report(document: dict[str, Any], peer: dict[str, Any] | None) -> bool:
         show(moe.moe_table(part, entries))
     for table in quantizers.tables_of(document):
         show(table)
+    if "chain" in document:
+        show(chain.text(document["chain"]))
     show(f"host cost of a jitted call, us: {document['host_call_us']}")
     if peer:
         if not matching_times(document["rows"], peer["rows"]):
@@ -276,6 +287,10 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
                 baselines |= yardstick(row, args.compare["rows"])
             document["rows"].append(row)
         state["after"] = machine.query_gpus()
+        if args.output:
+            _write(document, args.output)
+    if args.chain:
+        document["chain"] = chain.measure(args.iterations, seed)
         if args.output:
             _write(document, args.output)
     if args.moe:

@@ -123,7 +123,7 @@ def kernel_times_us(
         For each call the times of its `iterations` repetitions.
     """
     flush()  # compiles it
-    with _profiled() as profiles:
+    with profiled() as profiles:
         for call in calls:
             for _ in range(iterations):
                 flush()
@@ -141,7 +141,7 @@ def kernel_times_us(
 
 
 @contextlib.contextmanager
-def _profiled() -> Iterator[list[ProfileData]]:
+def profiled() -> Iterator[list[ProfileData]]:
     """Traces its body; the list that it yields holds the profile afterwards."""
     options = ProfileOptions()
     options.python_tracer_level = 0  # slows every dispatch

@@ -95,7 +95,14 @@ class KernelReport:
 
 
 def compile_kernel(
-    n: int, k: int, config: "GemmConfig", *, num_sms: int = H100_SMS, op: str = "dense"
+    n: int,
+    k: int,
+    config: "GemmConfig",
+    *,
+    num_sms: int = H100_SMS,
+    op: str = "dense",
+    a_dtype: str = "float8_e4m3fn",
+    b_dtype: str = "float8_e4m3fn",
 ) -> KernelReport:
     """Compiles a kernel for sm_90a through the JIT and its caches; needs no GPU.
 
@@ -106,15 +113,25 @@ def compile_kernel(
         config: see `GemmConfig`.
         num_sms: SMs the kernel may use.
         op: the operation that runs the kernel: "dense", "contiguous", "masked" or "ragged".
+        a_dtype: what A holds: "float8_e4m3fn" or "float8_e5m2".
+        b_dtype: what B holds.
 
     Raises:
         TypeError: config is no GemmConfig, or another argument no integer.
         ValueError: there is no kernel for these sizes, or the configuration is illegal for them.
         RuntimeError: there is no compiler, or it failed; the message has its log.
     """
-    from jax_deepgemm.config import check_config, check_problem  # which imports this package
+    # Which imports this package.
+    from jax_deepgemm.config import FP8_TYPES, check_config, check_problem
 
-    problem = check_problem("compile_kernel", 1, n, k, num_sms, op=op)
+    for argument, dtype in (("a_dtype", a_dtype), ("b_dtype", b_dtype)):
+        if dtype not in FP8_TYPES:
+            raise ValueError(
+                f"compile_kernel: {argument} must be {' or '.join(FP8_TYPES)}, got {dtype!r}"
+            )
+    problem = check_problem("compile_kernel", 1, n, k, num_sms, op=op)._replace(
+        a_type=FP8_TYPES.index(a_dtype), b_type=FP8_TYPES.index(b_dtype)
+    )
     check_config("compile_kernel", problem, config)
     text, headers = _native.kernel_source(problem, config.fields)
     name = _native.kernel_name(problem, config.fields)

@@ -1,5 +1,6 @@
 """Declares an operation of this package as a JAX primitive, in one call."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,17 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec, get_abstract_mesh
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    ManualAxisType,
+    NamedSharding,
+    PartitionSpec,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
 
 Shape = tuple[int, ...]
 
@@ -25,8 +34,15 @@ def declare(
     operand_layouts: Sequence[tuple[int, ...] | None],
     prepare: Callable[..., Sequence[jax.Array]] = lambda *operands: operands,
     batching_rule: Callable[..., tuple[jax.Array, int]] | None = None,
+    partition: Callable[..., Callable[..., jax.Array]] | None = None,
+    explicit: Callable[..., jax.Array | None] | None = None,
 ) -> Callable[..., jax.Array]:
     """Returns the function that binds a new primitive; operands are positional, parameters not.
+
+    Where XLA may partition the program, that is outside of `jax.shard_map`, the primitive carries
+    the jaxpr of a call that XLA asks how to split. It has a rule for `jax.vmap`, which such a call
+    has not; and JAX, which looks for the call in jaxprs, finds it there. Each device then binds a
+    primitive without one.
 
     Args:
         name: the primitive's name, as jaxprs show it.
@@ -40,9 +56,13 @@ def declare(
             result is a matrix, too: the rows of the result, whatever the dimensions before its
             last.
         batching_rule: (bind, operands, batch axes, parameters) -> batched result and its axis.
+        partition: (bind on one device, operand shapes, parameters) -> the operation on operands
+            that XLA may split; without it XLA computes everything on every device.
+        explicit: (bind on one device, operands, parameters) -> the result on a mesh with explicit
+            axes, None if the operands' types have no such axes.
     """
-    primitive = Primitive(name)
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive = Primitive(f"{name}_local")  # what one device computes
+    partitioned = Primitive(name)  # with the parameter `call`
 
     def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
         shape, dtype = result(*operands)
@@ -58,7 +78,9 @@ def declare(
             manual_axis_type=ManualAxisType(varying=_varying(operands)),
         )
 
-    primitive.def_abstract_eval(abstract_eval)
+    for each in (primitive, partitioned):
+        each.def_impl(functools.partial(xla.apply_primitive, each))
+        each.def_abstract_eval(abstract_eval)
 
     def cpu(*operands: jax.Array, **_: Any) -> jax.Array:
         return reference(*operands)
@@ -84,9 +106,10 @@ def declare(
             "calls it a gradient of its own, with jax.custom_vjp"
         )
 
-    ad.primitive_jvps[primitive] = differentiate
+    ad.primitive_jvps[primitive] = ad.primitive_jvps[partitioned] = differentiate
 
-    def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
+    def bind_here(*operands: jax.Array, **parameters: Any) -> jax.Array:
+        """On this device, or on each device of a `jax.shard_map`."""
         # Operands that vary over fewer axes are cast here, outside the primitive, where the cast's
         # transpose (a psum) belongs.
         varying = _varying([jax.typeof(operand) for operand in operands])
@@ -94,17 +117,55 @@ def declare(
         output: jax.Array = primitive.bind(*cast, **parameters)
         return output
 
+    @functools.lru_cache(maxsize=4096)  # one object for one call: JAX's caches compare identities
+    def call_of(
+        shapes: tuple[Any, ...], parameters: tuple[tuple[str, Any], ...], shardy: bool
+    ) -> ClosedJaxpr:
+        assert partition is not None
+        structs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        with no_mesh():
+            return jax.make_jaxpr(partition(bind_here, structs, dict(parameters)))(*structs)
+
+    def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
+        if explicit is not None:
+            split = explicit(bind_here, operands, parameters)
+            if split is not None:
+                return split
+        if partition is None or AxisType.Manual in get_abstract_mesh().axis_types:
+            return bind_here(*operands, **parameters)
+        shapes = tuple((operand.shape, operand.dtype) for operand in operands)
+        # The call is not the same for XLA's older partitioner.
+        shardy = bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+        call = call_of(shapes, tuple(sorted(parameters.items())), shardy)
+        output: jax.Array = partitioned.bind(*operands, call=call, **parameters)
+        return output
+
+    def inline(*operands: jax.Array, call: ClosedJaxpr, **_: Any) -> jax.Array:
+        d: jax.Array = jaxpr_as_fun(call)(*operands)[0]
+        return d
+
+    mlir.register_lowering(partitioned, mlir.lower_fun(inline, multiple_results=False))
+
     if batching_rule is not None:
         rule = batching_rule
 
         def batch(
-            operands: Sequence[jax.Array], axes: Sequence[int | None], **parameters: Any
+            operands: Sequence[jax.Array],
+            axes: Sequence[int | None],
+            call: ClosedJaxpr | None = None,
+            **parameters: Any,
         ) -> tuple[jax.Array, int]:
             return rule(bind, operands, axes, parameters)
 
         batching.primitive_batchers[primitive] = batch
+        batching.primitive_batchers[partitioned] = batch
 
     return bind
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Leaves the mesh of the context: one device's program knows no other."""
+    return use_abstract_mesh(AbstractMesh((), ()))
 
 
 def _varying(avals: Sequence[Any]) -> frozenset[str]:

@@ -21,7 +21,7 @@ from jax.profiler import ProfileData
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import bench, harness, machine, main, moe, tables, timing
+from jax_deepgemm.cli import bench, chain, harness, machine, main, moe, tables, timing
 from jax_deepgemm.cli.compare import geometric_mean, matching_times, row_time_us, yardstick
 from jax_deepgemm.cli.harness import Candidate, measure
 from jax_deepgemm.cli.markdown import markdown
@@ -101,6 +101,36 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax_deepgemm, "select_config", lambda **problem: CONFIGS[0])
     monkeypatch.setattr(jax_deepgemm, "legal_configs", lambda **problem: CONFIGS)
     monkeypatch.setattr(tables, "console", tables.Console(width=200))
+
+
+def test_time_between_kernels() -> None:
+    """Two runs of three kernels; the second kernel of a run overlaps the first."""
+    starts = ((0, 1000), (500, 300), (1200, 100), (5000, 1000), (5600, 900), (6700, 100))
+    events = [timing.KernelEvent("dg", "jit_chain", *each) for each in starts]
+    assert chain.summary(events, 2) == {
+        "kernels": 3,
+        "span_us": 1.6,
+        "between_us": 0.2,
+        "gap_us": 0.1,
+        "gap_p90_us": 0.2,
+    }
+    with pytest.raises(RuntimeError, match="6 kernels for 4 runs"):
+        chain.summary(events, 4)
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, whose kernels stand in for the GPU's; their number may differ from run to run."""
+    monkeypatch.setattr(chain, "LAYERS", 2)
+    monkeypatch.setattr(chain, "ROWS", 4)
+    monkeypatch.setattr(chain, "WIDTH", 128)
+    monkeypatch.setattr(chain, "NO_CUDA_GRAPHS", {})
+    monkeypatch.setattr(chain, "summary", lambda events, runs: {"kernels": len(events) / runs})
+    result = chain.measure(2, seed=0)
+    assert set(result) == set(chain.FIELDS)
+    for name in ("graphs", "no_graphs"):
+        assert result[name]["kernels"] > 0
+        assert result[name]["wall_us"] > 0
 
 
 @pytest.fixture

@@ -150,22 +150,17 @@ BAD_ARRAYS = {
     "a-float32": (
         {"a": zeros(F32, M, K)},
         TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got float32[16, 144]",
-    ),
-    "a-e5m2": (
-        {"a": zeros(jnp.float8_e5m2, M, K)},
-        TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got float8_e5m2[16, 144]",
+        "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got float32[16, 144]",
     ),
     "a-e4m3fnuz": (
         {"a": zeros(jnp.float8_e4m3fnuz, M, K)},
         TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got float8_e4m3fnuz[16, 144]",
+        "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got float8_e4m3fnuz[16, 144]",
     ),
     "a-dtype-and-rank": (
         {"a": zeros(jnp.bfloat16, K)},
         TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got bfloat16[144]",
+        "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got bfloat16[144]",
     ),
     "b-rank-1": (
         {"b": zeros(E4M3, K)},
@@ -175,7 +170,7 @@ BAD_ARRAYS = {
     "b-bfloat16": (
         {"b": zeros(jnp.bfloat16, N, K)},
         TypeError,
-        "b must be float8_e4m3fn[n, 144] (n, k), got bfloat16[136, 144]",
+        "b must be float8_e4m3fn[n, 144] or float8_e5m2[n, 144] (n, k), got bfloat16[136, 144]",
     ),
     "b-other-k": (
         {"b": zeros(E4M3, N, K + 16)},
@@ -260,7 +255,7 @@ BAD_ARRAYS = {
     "values-and-scales-swapped": (
         {"a": zeros(F32, M, 2), "sfa": zeros(E4M3, M, K)},
         TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got float32[16, 2]",
+        "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got float32[16, 2]",
     ),
 }
 
@@ -511,7 +506,8 @@ def test_cuda_call(m: int, padded: int) -> None:
     assert pads == ([str(padded - m)] if padded != m else [])
 
 
-DENSE_PROBLEM = {"op": 0, "num_groups": 1, "m": M, "expected_m": 0, "n": N, "k": K}
+TYPES = {"a_type": 0, "b_type": 0}
+DENSE_PROBLEM = {"op": 0, "num_groups": 1, "m": M, "expected_m": 0, "n": N, "k": K} | TYPES
 
 
 def test_cuda_call_leaves_the_choice_to_the_device(operands: numerics.DenseOperands) -> None:
@@ -542,7 +538,7 @@ def test_cuda_call_carries_config_and_sm_limit(
 def test_cuda_call_has_the_members_that_the_handler_decodes(
     operands: numerics.DenseOperands,
 ) -> None:
-    decoded = re.findall(r'StructMember<int64_t>\("(\w+)"\)', HANDLERS.read_text())
+    decoded = re.findall(r'{"(\w+)", &GemmAttributes::\w+, (?:true|false)}', HANDLERS.read_text())
     (call,) = cuda_calls(cuda_text(flat, *operands))
     assert sorted(problem_of(call)) == sorted(decoded)
 

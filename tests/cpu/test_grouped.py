@@ -292,9 +292,9 @@ BAD = [
     ),
     (
         "ragged",
-        {"a": zeros(jnp.float8_e5m2, M, K)},
+        {"a": zeros(jnp.float8_e5m2fnuz, M, K)},
         TypeError,
-        "a must be float8_e4m3fn[m, k] (m, k), got float8_e5m2[16, 144]",
+        "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got float8_e5m2fnuz[16, 144]",
     ),
     (
         "contiguous",
@@ -625,7 +625,9 @@ def cuda_call(function: Callable[..., Any], *arguments: Any) -> str:
     return line
 
 
-NO_OPTIONS = dict.fromkeys(["num_sms", "fill_zero", *GemmConfig.__dataclass_fields__], 0)
+NO_OPTIONS = dict.fromkeys(
+    ["num_sms", "fill_zero", "a_type", "b_type", *GemmConfig.__dataclass_fields__], 0
+)
 SIZES = {"num_groups": 3, "n": 136, "k": 144}
 B = "tensor<408x144xf8E4M3FN>, tensor<6x2xf32>"
 CALLS = {

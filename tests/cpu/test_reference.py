@@ -92,7 +92,7 @@ def test_ends_of_groups_stop_at_m():
         ([2**31 - 1] * 5, most, [most] * 5),
         ([1, most, 1, most, 2**30, 2**30], most, [1, *[most] * 5]),
     ):
-        assert reference._ends(jnp.array(sizes, jnp.int32), m).tolist() == expected
+        assert reference.group_ends(jnp.array(sizes, jnp.int32), m).tolist() == expected
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)

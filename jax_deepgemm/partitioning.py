@@ -1,0 +1,473 @@
+"""How an operation is split over devices where the user leaves that to XLA or to types.
+
+A plan says which dimensions are split over which mesh axes; `compute` is what a device does then:
+
+- m and n: nothing but its own rows and columns of the result;
+- k: its part of the sum; the parts, rounded to bfloat16, are added in float32 and rounded again;
+- groups: its own groups, zero in rows of others; in the sum over devices, all terms of a row but
+  one are zero, and no bit of that one changes. Masked groups are problems apart: no sum.
+
+Weights stay where they are wherever that is possible: see `automatic_plan`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_deepgemm.ffi.primitive import no_mesh
+from jax_deepgemm.reference import BLOCK
+
+Axes = tuple[str, ...]
+"""Mesh axes that one dimension is split over, the major one first."""
+
+Plan = Mapping[str, Axes]
+"""The axes of each of the dimensions g, m, n and k."""
+
+
+class Dimensions(NamedTuple):
+    """The dimensions of an operation's arrays, a letter each.
+
+    g, m, n and k can be split; i and j are n and k in blocks of 128. Others stay whole.
+    """
+
+    operands: tuple[str, ...]  # a, sfa, b, sfb, and the arrays that assign rows to groups
+    result: str
+
+    @property
+    def sums_groups(self) -> bool:
+        """Whether rows have one of the groups, so that split groups give parts of a sum."""
+        return "g" in self.operands[2] and "g" not in self.result
+
+
+class Shard(NamedTuple):
+    """One device's part of the dimensions that can be split: where it begins, and how long it is.
+
+    `starts` has those that are split; a start is a traced number.
+    """
+
+    starts: dict[str, Any]
+    sizes: dict[str, int]
+
+
+Localize = Callable[..., tuple[Sequence[jax.Array], dict[str, Any]]]
+"""(shard, arrays that assign rows to groups, parameters) -> the same for the shard.
+
+An array comes split if its dimension is m or g of the result, else whole.
+"""
+
+
+def localize_nothing(
+    shard: Shard, arrays: Sequence[jax.Array], parameters: dict[str, Any]
+) -> tuple[Sequence[jax.Array], dict[str, Any]]:
+    """The rule of an operation without groups."""
+    return arrays, parameters
+
+
+def dimension_sizes(dimensions: Dimensions, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The size of each dimension of the operands."""
+    return {
+        name: size
+        for names, shape in zip(dimensions.operands, shapes, strict=True)
+        for name, size in zip(names, shape, strict=True)
+    }
+
+
+def spec_axes(spec: PartitionSpec, index: int) -> Axes:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    entry = spec[index] if index < len(spec) else None
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def automatic_plan(
+    dimensions: Dimensions,
+    operand_specs: Sequence[PartitionSpec],
+    result_spec: PartitionSpec,
+    sizes: Mapping[str, int],
+    mesh_shape: Mapping[str, int],
+    m_unit: int,
+) -> dict[str, Axes]:
+    """Chooses a plan that fits the shardings which XLA found for the operands and the result.
+
+    An axis splits one dimension. Where two want it, the groups of the weights come first; then rows
+    that are split in A and in the result alike, as for data parallelism; then k and n of the
+    weights; and then what is left of the result and of A. So weights are gathered just where rows
+    claim their axis on the way in and on the way out.
+
+    Args:
+        dimensions: of the operation.
+        operand_specs: how each operand comes.
+        result_spec: how the result is wanted.
+        sizes: of each dimension.
+        mesh_shape: of the mesh.
+        m_unit: rows of the result must be split in multiples of this.
+    """
+    a, b = dimensions.operands[0], dimensions.operands[2]
+
+    def axes_of(names: str, spec: PartitionSpec, name: str) -> Axes:
+        return spec_axes(spec, names.index(name)) if name in names else ()
+
+    of_a = {name: axes_of(a, operand_specs[0], name) for name in "gmk"}
+    of_b = {name: axes_of(b, operand_specs[2], name) for name in "gnk"}
+    of_d = {name: axes_of(dimensions.result, result_spec, name) for name in "gmn"}
+    plan: dict[str, Axes] = {name: () for name in "gmnk" if name in a or name in b}
+    used: set[str] = set()
+
+    def claim(name: str, axes: Axes) -> None:
+        if name not in plan or plan[name]:
+            return
+        unit = m_unit if name == "m" else 1
+        taken: list[str] = []
+        parts = 1
+        for axis in axes:
+            parts *= mesh_shape[axis]
+            # XLA pads where a dimension does not divide; a kernel computes what there is.
+            if axis in used or sizes[name] % (parts * unit):
+                break
+            taken.append(axis)
+        if math.prod(mesh_shape[axis] for axis in taken) > 1:
+            plan[name] = tuple(taken)
+            used.update(taken)
+
+    claim("g", of_b["g"])
+    for name in "gm":
+        claim(name, of_a[name] if of_a[name] == of_d[name] else ())
+    claim("k", of_b["k"])
+    claim("n", of_b["n"])
+    for name in "gmn":
+        claim(name, of_d[name])
+    for name in "gmk":
+        claim(name, of_a[name])
+    return plan
+
+
+def explicit_plan(
+    function: str,
+    dimensions: Dimensions,
+    operand_specs: Sequence[PartitionSpec],
+    sizes: Mapping[str, int],
+    mesh_shape: Mapping[str, int],
+    m_unit: int,
+) -> dict[str, Axes]:
+    """Reads the plan from the types of A and B on an explicit mesh.
+
+    Raises:
+        ValueError: they contradict each other; the message begins with `function`.
+    """
+    plan: dict[str, Axes] = {}
+    owner: dict[str, str] = {}
+    for argument, index in (("a", 0), ("b", 2)):
+        for position, name in enumerate(dimensions.operands[index]):
+            axes = spec_axes(operand_specs[index], position)
+            if name in plan and plan[name] != axes:
+                raise ValueError(
+                    f"{function}: dimension {_LONG[name]} must be sharded alike in a and b, got "
+                    f"{plan[name]} and {axes}: jax.sharding.reshard one of them"
+                )
+            plan[name] = axes
+            for axis in axes:
+                if owner.setdefault(axis, name) != name:
+                    raise ValueError(
+                        f"{function}: a mesh axis must shard one dimension, got {axis!r} for "
+                        f"{_LONG[owner[axis]]} and for {_LONG[name]} of {argument}: "
+                        "jax.sharding.reshard one operand"
+                    )
+    parts = math.prod(mesh_shape[axis] for axis in plan["m"])
+    if parts > 1 and sizes["m"] % (parts * m_unit):
+        raise ValueError(
+            f"{function}: m must be sharded in multiples of {m_unit} rows, "
+            f"got {sizes['m']} rows in {parts} parts"
+        )
+    return plan
+
+
+_LONG = {"g": "num_groups", "m": "m", "n": "n", "k": "k"}
+
+
+def operand_specs(
+    dimensions: Dimensions, plan: Plan, sizes: Mapping[str, int], mesh_shape: Mapping[str, int]
+) -> list[PartitionSpec]:
+    """How a plan's operands are split. Scales are, if no block of 128 is cut."""
+    whole_blocks = dict(plan)
+    for block, name in (("i", "n"), ("j", "k")):
+        cut = sizes[name] // _parts(plan, name, mesh_shape) % BLOCK
+        whole_blocks[block] = () if cut else plan[name]
+    return [_spec(names, whole_blocks) for names in dimensions.operands]
+
+
+def result_spec(dimensions: Dimensions, plan: Plan) -> PartitionSpec:
+    """How a plan's result is split."""
+    return _spec(dimensions.result, plan)
+
+
+def _spec(names: str, plan: Plan) -> PartitionSpec:
+    return PartitionSpec(*(plan.get(name) or None for name in names))
+
+
+def _parts(plan: Plan, name: str, mesh_shape: Mapping[str, int]) -> int:
+    return math.prod(mesh_shape[axis] for axis in plan.get(name, ()))
+
+
+def compute(
+    function: Callable[..., jax.Array],
+    dimensions: Dimensions,
+    localize: Localize,
+    plan: Plan,
+    sizes: Mapping[str, int],
+    mesh_shape: Mapping[str, int],
+    operands: Sequence[jax.Array],
+    parameters: dict[str, Any],
+) -> jax.Array:
+    """Computes one device's part of the result, inside a program that runs on all devices.
+
+    Args:
+        function: (*operands, **parameters) -> result; the operation on one device.
+        dimensions: of the operation.
+        localize: what becomes of the other arrays and of the parameters.
+        plan: as `automatic_plan` or `explicit_plan` returned it.
+        sizes: of each dimension, before it is split.
+        mesh_shape: of the mesh.
+        operands: this device's, split as `operand_specs` says.
+        parameters: of the operation as a whole.
+    """
+    a, sfa, b, sfb, *arrays = operands
+    local = {name: sizes[name] // _parts(plan, name, mesh_shape) for name in plan}
+    shard = Shard(
+        {name: lax.axis_index(axes) * local[name] for name, axes in plan.items() if axes}, local
+    )
+    assignment, parameters = localize(shard, arrays, parameters)
+    if "k" in shard.starts and local["k"] % BLOCK:
+        a, sfa, _ = _place(a, sfa, shard.starts["k"], a.ndim - 1)
+        b, sfb, _ = _place(b, sfb, shard.starts["k"], b.ndim - 1)
+    first_column = None
+    if "n" in shard.starts and local["n"] % BLOCK:
+        b, sfb, first_column = _place(b, sfb, shard.starts["n"], b.ndim - 2)
+    d = function(a, sfa, b, sfb, *assignment, **parameters)
+    if first_column is not None:
+        d = lax.dynamic_slice_in_dim(d, first_column, local["n"], axis=d.ndim - 1)
+    if dimensions.sums_groups and plan["g"]:
+        d = _sum_of_one(d, plan["g"])
+    if plan["k"]:
+        d = lax.psum(d.astype(jnp.float32), plan["k"]).astype(d.dtype)
+    return d
+
+
+def _sum_of_one(d: jax.Array, axes: Axes) -> jax.Array:
+    """Adds up over devices what is +0 on all but one of them, without changing a bit.
+
+    Two values at a time, as an integer: no sign of a zero and no NaN is lost, it takes no more
+    than the bytes of d, and XLA's CPU compiler aborts on some sums of bfloat16.
+    """
+    if d.shape[-1] % 2:
+        whole: jax.Array = lax.psum(d.astype(jnp.float32), axes).astype(d.dtype)
+        return whole
+    pairs = lax.bitcast_convert_type(d.reshape(*d.shape[:-1], -1, 2), jnp.uint32)
+    return lax.bitcast_convert_type(lax.psum(pairs, axes), d.dtype).reshape(d.shape)
+
+
+def _place(
+    values: jax.Array, scales: jax.Array, start: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array, jax.Array | int]:
+    """Puts a shard that cuts blocks of 128 where it lies in them, among zeros.
+
+    Args:
+        values: the shard.
+        scales: of all shards: those of other devices' blocks are needed, and they are few.
+        start: where the shard begins.
+        axis: along which it is one.
+
+    Returns:
+        Values that begin with a block, their scales, and where the shard begins in the values.
+    """
+    size = values.shape[axis]
+    inside_one_block = BLOCK % size == 0
+    most = 0 if inside_one_block else BLOCK - math.gcd(size, BLOCK)
+    padded = -(-(size + most) // 16) * 16  # n is a multiple of 8 and k of 16, for any shard
+    offset: jax.Array | int = 0 if inside_one_block else start % BLOCK
+    if padded != size:
+        shape = tuple(padded if i == axis else n for i, n in enumerate(values.shape))
+        # Made of an operand, zeros vary over the mesh axes that it varies over.
+        zeros = jnp.zeros_like(values, shape=shape)
+        values = lax.dynamic_update_slice_in_dim(zeros, values, offset, axis)
+    num_blocks = -(-padded // BLOCK)
+    room = [(0, num_blocks if i == axis else 0) for i in range(scales.ndim)]
+    scales = lax.dynamic_slice_in_dim(jnp.pad(scales, room), start // BLOCK, num_blocks, axis)
+    return values, scales, offset
+
+
+class Partitioning(NamedTuple):
+    """How one operation is partitioned; the functions are what `ffi.primitive.declare` asks for.
+
+    Attributes:
+        function: the public operation.
+        dimensions: of its arrays.
+        localize: what becomes of the arrays that assign rows to groups.
+        m_unit: rows are split in multiples of it.
+    """
+
+    function: str
+    dimensions: Dimensions
+    localize: Localize = localize_nothing
+    m_unit: int = 1
+
+    def automatic(
+        self, bind: Callable[..., jax.Array], shapes: Sequence[Any], parameters: dict[str, Any]
+    ) -> Callable[..., jax.Array]:
+        """Returns the operation as a call that XLA asks, once it knows shardings, how to split."""
+        sizes = dimension_sizes(self.dimensions, [shape.shape for shape in shapes])
+
+        def whole(*operands: jax.Array) -> jax.Array:
+            return bind(*operands[:-1], **parameters)
+
+        def plan_for(arguments: Sequence[Any], result: Any) -> tuple[Mesh, dict[str, Axes]]:
+            mesh = _mesh_of(arguments)
+            specs = [_spec_of(argument) for argument in arguments[:-1]]
+            plan = automatic_plan(
+                self.dimensions, specs, _spec_of(result), sizes, mesh.shape, self.m_unit
+            )
+            return mesh, plan
+
+        def partition(_mesh: Any, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
+            mesh, plan = plan_for(arguments, result)
+
+            def part(*operands: jax.Array) -> jax.Array:
+                with no_mesh():
+                    return compute(
+                        bind,
+                        self.dimensions,
+                        self.localize,
+                        plan,
+                        sizes,
+                        mesh.shape,
+                        operands[:-1],
+                        parameters,
+                    )
+
+            specs = operand_specs(self.dimensions, plan, sizes, mesh.shape)
+            arg_shardings = (*(NamedSharding(mesh, spec) for spec in specs), _replicated(mesh))
+            d_sharding = NamedSharding(mesh, result_spec(self.dimensions, plan))
+            return mesh, part, d_sharding, arg_shardings
+
+        def infer(_mesh: Any, arguments: Sequence[Any], result: Any) -> NamedSharding:
+            mesh, plan = plan_for(arguments, result)
+            return NamedSharding(mesh, result_spec(self.dimensions, plan))
+
+        call = custom_partitioning(whole)
+        call.def_partition(
+            partition,
+            infer_sharding_from_operands=infer,
+            sharding_rule=self._sharding_rule(),
+            reduction_factors=("k", *("g" for _ in "g" if self.dimensions.sums_groups)),
+        )
+        # All that XLA's module says of the call, beside shapes, is the number of a callback. JAX's
+        # persistent cache may take that for equal, and may be told to ignore it: this constant
+        # makes calls that differ differ there, too. No device's program has it.
+        what = f"{self.function} {sorted(parameters.items())}"
+        tag = np.frombuffer(what.encode(), np.uint8)
+        return lambda *operands: call(*operands, tag)
+
+    def _sharding_rule(self) -> str:
+        # Scales have dimensions of their own: what splits the values splits them.
+        operands = [" ".join(names) for names in (*self.dimensions.operands, "z")]
+        return f"{', '.join(operands)} -> {' '.join(self.dimensions.result)}"
+
+    def explicit(
+        self,
+        bind: Callable[..., jax.Array],
+        operands: Sequence[jax.Array],
+        parameters: dict[str, Any],
+    ) -> jax.Array | None:
+        """Splits the operation as the operands' types say, None if they say nothing.
+
+        Raises:
+            ValueError: the types contradict each other.
+        """
+        types = [jax.typeof(operand) for operand in operands]
+        mesh = next((t.sharding.mesh for t in types if not t.sharding.mesh.empty), None)
+        if mesh is None or AxisType.Explicit not in mesh.axis_types:
+            return None
+        sizes = dimension_sizes(self.dimensions, [t.shape for t in types])
+        specs = [t.sharding.spec for t in types]
+        plan = explicit_plan(self.function, self.dimensions, specs, sizes, mesh.shape, self.m_unit)
+        in_specs = operand_specs(self.dimensions, plan, sizes, mesh.shape)
+        resharded = [
+            jax.sharding.reshard(operand, NamedSharding(mesh, spec))
+            for operand, spec in zip(operands, in_specs, strict=True)
+        ]
+        if not any(plan.values()):
+            return bind(*resharded, **parameters)
+
+        split = _explicit_call(
+            self,
+            bind,
+            mesh,
+            tuple(plan.items()),
+            tuple(sizes.items()),
+            tuple(sorted(parameters.items())),
+        )
+        return split(*resharded)
+
+
+@functools.lru_cache(maxsize=4096)  # one function for one call, so that it is compiled once
+def _explicit_call(
+    partitioning: Partitioning,
+    bind: Callable[..., jax.Array],
+    mesh: AbstractMesh,
+    plan_items: tuple[tuple[str, Axes], ...],
+    size_items: tuple[tuple[str, int], ...],
+    parameters: tuple[tuple[str, Any], ...],
+) -> Callable[..., jax.Array]:
+    """The operation on operands split by this plan, under the types of an explicit mesh."""
+    dimensions, plan, sizes = partitioning.dimensions, dict(plan_items), dict(size_items)
+
+    def part(*shards: jax.Array) -> jax.Array:
+        return compute(
+            bind,
+            dimensions,
+            partitioning.localize,
+            plan,
+            sizes,
+            mesh.shape,
+            shards,
+            dict(parameters),
+        )
+
+    split = jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=tuple(operand_specs(dimensions, plan, sizes, mesh.shape)),
+        out_specs=result_spec(dimensions, plan),
+        # Only over the axes that it is split over: `jax.vmap` may keep another one for the batch.
+        axis_names={axis for axes in plan.values() for axis in axes},
+    )
+    return jax.jit(split)  # op by op, JAX 0.11.2 crashes on some operations of a shard_map
+
+
+def _replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _mesh_of(arguments: Sequence[Any]) -> Mesh:
+    """The mesh that XLA's shardings were decoded for; without one, the devices in a row."""
+    for argument in arguments:
+        if isinstance(argument.sharding, NamedSharding):
+            mesh = argument.sharding.mesh
+            assert isinstance(mesh, Mesh)
+            return mesh
+    devices = sorted(arguments[0].sharding.device_set, key=lambda device: device.id)
+    return Mesh(np.array(devices), ("devices",))
+
+
+def _spec_of(argument: Any) -> PartitionSpec:
+    """The argument's PartitionSpec; one that says nothing where XLA's sharding has no names."""
+    sharding = getattr(argument, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()

@@ -1,0 +1,613 @@
+"""Automatic sharding, explicit meshes and shard_map's corners, on eight CPU devices.
+
+How an operation is split is decided in Python (jax_deepgemm/partitioning.py) and is the same on
+GPUs; tests/gpu/test_devices.py repeats what the kernels can change. The plain cases of
+`jax.shard_map` stand with the operations.
+"""
+
+import collections
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+import jax_deepgemm
+from jax_deepgemm.partitioning import Dimensions, automatic_plan, dimension_sizes, spec_axes
+from tests import grouped_cases, numerics
+from tests.lowering import cuda_calls, cuda_text, problem_of
+
+P = PartitionSpec
+
+# The dimensions of (a, sfa, b, sfb, assignment) and d, a letter each; i, j: n, k in blocks of 128.
+DIMENSIONS = {
+    "dense": (("mk", "mj", "nk", "ij"), "mn"),
+    "contiguous": (("mk", "mj", "gnk", "gij", "m"), "mn"),
+    "masked": (("gmk", "gmj", "gnk", "gij", "g"), "gmn"),
+    "ragged": (("mk", "mj", "gnk", "gij", "s"), "mn"),
+}
+
+Plan = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """Also where there is a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+def mesh_of(kind: AxisType = AxisType.Auto, **axes: int) -> Mesh:
+    names = tuple(axes)
+    devices = jax.devices("cpu")[: int(np.prod(list(axes.values())))]
+    return jax.make_mesh(
+        tuple(axes.values()), names, axis_types=(kind,) * len(names), devices=devices
+    )
+
+
+def spec(letters: str, plan: Plan) -> PartitionSpec:
+    return P(*(plan.get(letter) for letter in letters))
+
+
+class Case(NamedTuple):
+    """An operation's operands, its exact result, and a function of flat operands."""
+
+    op: str
+    operands: tuple[Any, ...]
+    oracle: np.ndarray[Any, Any]
+    function: Callable[..., jax.Array]
+
+    def put(self, mesh: Mesh, plan: Plan) -> list[jax.Array]:
+        """The operands split as the plan says; scales, too, where that cuts no block."""
+        letters, _ = DIMENSIONS[self.op]
+        shapes = [operand.shape for operand in self.operands]
+        sizes = dimension_sizes(Dimensions(letters, ""), shapes)
+        scales = dict(plan)
+        for block, name in (("i", "n"), ("j", "k")):
+            parts = np.prod([mesh.shape[axis] for axis in np.atleast_1d(plan.get(name, ()))])
+            if name in plan and sizes[name] / parts % 128 == 0:
+                scales[block] = plan[name]
+        return [
+            jax.device_put(operand, NamedSharding(mesh, spec(names, scales)))
+            for operand, names in zip(self.operands, letters, strict=True)
+        ]
+
+    def check(self, d: jax.Array) -> None:
+        assert d.shape == self.oracle.shape
+        assert numerics.error(d, self.oracle) < numerics.BF16_TOLERANCE
+
+
+def make(op: str, rows: int, n: int, k: int, groups: int = 8) -> Case:
+    if op == "dense":
+        operands = numerics.dense_operands(rows, n, k, seed=3)
+        oracle = numerics.dense_oracle(operands)
+        return Case(
+            op,
+            operands,
+            oracle,
+            lambda a, sfa, b, sfb: jax_deepgemm.gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb)),
+        )
+    problem = grouped_cases.Problem(op, groups, rows, n, k)
+    operands_ = problem.operands(seed=3)
+    (array,) = problem.random_arrays(np.random.default_rng(5))
+    return Case(
+        op,
+        (*operands_, array),
+        problem.oracle(operands_, array),
+        lambda *operands: grouped_cases.call(op, *operands),
+    )
+
+
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(function: Callable[..., Any], *arguments: Any) -> collections.Counter[str]:
+    """How often each kind of communication stands in what XLA compiles."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
+    return collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
+
+
+def gathered(function: Callable[..., Any], *arguments: Any) -> list[str]:
+    """The shapes of what XLA gathers, such as "64,512"; on the CPU FP8 is widened for that."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
+    return re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+
+
+# --- Automatic sharding --------------------------------------------------------------------------
+
+# rows, n, k, groups; axes; how dimensions are split; what XLA must communicate.
+ROWS = {"dense": 64, "contiguous": 1024, "masked": 24, "ragged": 200}
+SPLITS: dict[str, tuple[Plan, set[str]]] = {
+    "m": ({"m": "x"}, set()),
+    "n": ({"n": "x"}, set()),
+    "k": ({"k": "x"}, {"all-reduce"}),
+    "m-n": ({"m": "x", "n": "y"}, set()),
+    "m-k": ({"m": "y", "k": "x"}, {"all-reduce"}),
+    "n-k": ({"n": "y", "k": "x"}, {"all-reduce"}),
+    "m-by-both": ({"m": ("x", "y")}, set()),
+    "n-by-both": ({"n": ("y", "x")}, set()),
+}
+GROUP_SPLITS: dict[str, tuple[Plan, set[str]]] = {
+    "g": ({"g": "x"}, {"all-reduce"}),
+    "g-m": ({"g": "x", "m": "y"}, {"all-reduce"}),
+    "g-n": ({"g": "x", "n": "y"}, {"all-reduce"}),
+    "g-k": ({"g": "y", "k": "x"}, {"all-reduce"}),
+    "g-by-both": ({"g": ("x", "y")}, {"all-reduce"}),
+}
+CASES = [
+    pytest.param(op, plan, communicated, id=f"{op}-{name}")
+    for op in DIMENSIONS
+    for name, (plan, communicated) in (SPLITS | (GROUP_SPLITS if op != "dense" else {})).items()
+]
+
+
+@pytest.mark.parametrize(("op", "plan", "communicated"), CASES)
+@pytest.mark.parametrize(("n", "k"), [(1024, 1024), (192, 656)], ids=["blocks", "cut-blocks"])
+def test_automatic_sharding(op: str, plan: Plan, communicated: set[str], n: int, k: int) -> None:
+    """Nothing is gathered, sums are added up, and the result stays split."""
+    case = make(op, ROWS[op], n, k)
+    operands = case.put(mesh_of(x=4, y=2), plan)
+    d = jax.jit(case.function)(*operands)
+    case.check(d)
+    _, letters = DIMENSIONS[op]
+    split = NamedSharding(d.sharding.mesh, spec(letters, plan))
+    assert d.sharding.is_equivalent_to(split, d.ndim)
+    if op == "masked" and "k" not in plan:
+        communicated = set()  # groups are independent
+    assert set(collectives(case.function, *operands)) == communicated
+
+
+# How a [m, k], b [n, k] come and d is wanted (None: as XLA likes), and whether this communicates
+# as jnp.dot does. Where not, dot gathers b.
+AGAINST_DOT = {
+    "m": (P("x"), P(), None, True),
+    "n": (P(), P("x"), None, True),
+    "k": (P(None, "x"), P(None, "x"), None, True),
+    "m-and-n": (P("x"), P("y"), None, True),
+    "m-and-k": (P("x", "y"), P(None, "y"), None, True),
+    "k-of-a": (P(None, "x"), P(), None, True),
+    "k-of-b": (P(), P(None, "x"), None, False),
+    "result-is-wanted-whole": (P("x"), P(), P(), True),
+    "rows-scattered-after-the-sum": (P(None, "x"), P(None, "x"), P("x"), True),
+    "one-axis-for-m-and-n": (P("x"), P("x"), None, True),
+    "weights-sharded-for-storage": (P("x"), P("x"), P("x"), True),
+    "weights-sharded-for-storage-by-k": (P("x"), P(None, "x"), P("x"), True),
+    "rows-sharded-for-storage": (P("x"), P("x"), P(None, "x"), True),
+    "k-of-b-and-rows-wanted": (P(), P(None, "x"), P("x"), False),
+}
+
+
+@pytest.mark.parametrize(("a", "b", "d", "same"), AGAINST_DOT.values(), ids=list(AGAINST_DOT))
+def test_communicates_like_dot(
+    a: PartitionSpec, b: PartitionSpec, d: PartitionSpec | None, same: bool
+) -> None:
+    mesh = mesh_of(x=4, y=2)
+    case = make("dense", 64, 512, 1024)
+    operands = [
+        jax.device_put(operand, NamedSharding(mesh, split))
+        for operand, split in zip(case.operands, (a, a, b, b), strict=True)
+    ]
+    matrices = [
+        jax.device_put(np.asarray(x).astype(jnp.bfloat16), NamedSharding(mesh, split))
+        for x, split in ((case.operands[0], a), (case.operands[2], b))
+    ]
+    options = {} if d is None else {"out_shardings": NamedSharding(mesh, d)}
+    ours = jax.jit(case.function, **options)
+    dot = jax.jit(lambda x, w: jnp.dot(x, w.T), **options)
+    case.check(ours(*operands))
+    assert ours(*operands).sharding.is_equivalent_to(dot(*matrices).sharding, 2)
+    kinds = set(collectives(ours, *operands))
+    if same:
+        assert kinds == set(collectives(dot, *matrices))
+    else:
+        assert kinds == {"all-reduce"}
+        assert "all-gather" in collectives(dot, *matrices)
+
+
+def test_weights_are_gathered_for_split_rows_alone() -> None:
+    """That is where rows keep the weights' axis from A to the result, as for stored shards."""
+    mesh = mesh_of(x=8)
+    case = make("dense", 64, 1024, 1024)
+    (names, result), shape = DIMENSIONS["dense"], "1024,1024"
+    splits: list[Plan] = [{}, {"m": "x"}, {"n": "x"}, {"k": "x"}]
+    for of_a, of_b, of_d in itertools.product(splits, splits[2:], splits[:3]):
+        operands = [
+            jax.device_put(operand, NamedSharding(mesh, spec(letters, plan)))
+            for operand, letters, plan in zip(
+                case.operands, names, (of_a, of_a, of_b, of_b), strict=True
+            )
+        ]
+        function = jax.jit(case.function, out_shardings=NamedSharding(mesh, spec(result, of_d)))
+        case.check(function(*operands))
+        stored = of_a == of_d == {"m": "x"}
+        assert (shape in gathered(function, *operands)) == stored, f"{of_a}, {of_b}, {of_d}"
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_plans_keep_weights_in_place(op: str) -> None:
+    """The same of every operation's plans, whatever comes and is wanted; groups come first."""
+    names, result = DIMENSIONS[op]
+    dimensions = Dimensions(names, result)
+    sizes = dict.fromkeys("gmnk", 1024)
+    choices = [None, "x", "y", ("x", "y")]
+    for of_a, of_b in itertools.product("mk", set("gnk") & set(names[2])):
+        for axes in itertools.product(choices, repeat=4):
+            # An axis splits one dimension of an array.
+            if axes[2] and axes[3] and set(axes[2]) & set(axes[3]):
+                continue
+            splits = [{of_a: axes[0]}] * 2 + [{of_b: axes[1]}] * 2
+            specs = [spec(letters, split) for letters, split in zip(names, splits, strict=False)]
+            wanted = spec(result, {"m": axes[2], "n": axes[3]})
+            plan = automatic_plan(dimensions, specs, wanted, sizes, {"x": 2, "y": 4}, 1)
+            used = [axis for dimension in plan.values() for axis in dimension]
+            assert len(used) == len(set(used)), f"an axis splits two dimensions: {plan}"
+            of_weights = spec_axes(specs[2], names[2].index(of_b))
+            stored = of_a == "m" and of_b != "g" and axes[0] == axes[2]
+            if of_weights and not (stored and set(of_weights) & set(plan["m"])):
+                assert plan[of_b] == of_weights, f"{splits}, {wanted}: {plan}"
+
+
+def test_sum_over_groups_is_exact() -> None:
+    case = make("ragged", 200, 256, 256)
+    whole = jax.jit(case.function)(*case.operands)
+    split = jax.jit(case.function)(*case.put(mesh_of(x=8), {"g": "x"}))
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(split))
+
+
+@pytest.mark.parametrize("offset", [-3, 0, 2, 2**31 - 1, -(2**31)])
+def test_split_groups_keep_the_offset(offset: int) -> None:
+    """Also where it is so large that adding to it overflows."""
+    problem = grouped_cases.Problem("ragged", 4, 100, 64, 128)
+    operands = problem.operands(seed=1)
+    sizes = np.array([30, 0, 7, 20, 11, 5], np.int32)
+    mesh = mesh_of(x=4)
+    case = Case("ragged", (*operands, sizes), np.empty(0), lambda *_: jnp.empty(0))
+    shards = case.put(mesh, {"g": "x"})
+    d = jax.jit(lambda *x: grouped_cases.call("ragged", *x, np.int32(offset)))(*shards)
+    expected = problem.oracle(operands, sizes, offset)
+    assert numerics.error(d, expected) < numerics.BF16_TOLERANCE
+
+
+def test_bad_values_stay_in_their_row_where_shards_cut_blocks() -> None:
+    """A shard's zeros meet a neighbour's infinite scale only in rows that have it anyway."""
+    case = make("dense", 16, 192, 656)
+    sfa = np.array(case.operands[1])
+    sfa[0, 3] = np.inf
+    clean = jax.jit(case.function)(*case.operands)
+    dirty = case._replace(operands=(case.operands[0], sfa, *case.operands[2:]))
+    for plan in ({"k": "x"}, {"n": "x"}, {"k": "x", "n": "y"}):
+        d = np.asarray(jax.jit(case.function)(*dirty.put(mesh_of(x=4, y=2), plan)))
+        assert not np.isfinite(d[0]).any()
+        assert numerics.error(d[1:], np.asarray(clean)[1:]) < numerics.BF16_TOLERANCE
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_sizes_that_do_not_divide_stay_whole(op: str) -> None:
+    """XLA would pad a shard; here the dimension is computed on every device."""
+    case = make(op, 37, 72, 144, groups=3)
+    mesh = mesh_of(x=8)
+    function = jax.jit(
+        lambda *operands: case.function(
+            *(jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("x"))) for x in operands)
+        )
+    )
+    case.check(function(*(jax.device_put(x, NamedSharding(mesh, P())) for x in case.operands)))
+
+
+@pytest.mark.parametrize(("rows", "split"), [(8, False), (64, False), (128, True), (192, False)])
+def test_contiguous_blocks_of_rows_are_not_cut(rows: int, split: bool) -> None:
+    """Shards of rows would begin inside the 128 rows that must have one group."""
+    case = make("contiguous", 8 * rows, 64, 128, groups=3)
+    operands = case.put(mesh_of(x=8), {"m": "x"})
+    case.check(jax.jit(case.function)(*operands))
+    # Rows that are not split are gathered, all of them.
+    assert ("all-gather" in collectives(case.function, *operands)) == (not split)
+
+
+def test_split_masked_rows_take_any_count() -> None:
+    """Numbers out of range, too, from which a shard's first row can not be taken."""
+    problem = grouped_cases.Problem("masked", 8, 24, 64, 128)
+    operands = problem.operands(seed=2)
+    counts = np.array([-(2**31), 2**31 - 1, -1, 0, 1, 5, 6, 24], np.int32)
+    case = Case(
+        "masked",
+        (*operands, counts),
+        problem.oracle(operands, counts),
+        lambda *x: grouped_cases.call("masked", *x),
+    )
+    d = jax.jit(case.function)(*case.put(mesh_of(x=4), {"m": "x"}))
+    case.check(d)
+    assert not np.asarray(d)[0].any()
+
+
+def test_masked_hint_follows_split_rows() -> None:
+    """The hint is rows of a group; a device that has fewer is told so."""
+    case = make("masked", 64, 64, 128)
+
+    def body(*operands: jax.Array) -> jax.Array:
+        return grouped_cases.call("masked", *operands, expected_m=50)
+
+    mesh = mesh_of(AxisType.Explicit, x=8)
+    with jax.set_mesh(mesh):
+        (call,) = cuda_calls(cuda_text(body, *case.put(mesh, {"m": "x"})))
+    problem = problem_of(call)
+    assert (problem["m"], problem["expected_m"]) == (8 * 8, 8)
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_vmap_of_split_operands(op: str) -> None:
+    """The batch is folded before XLA sees the call, which then splits as ever."""
+    if op == "ragged":
+        pytest.skip("jax.vmap of the ragged operation raises")
+    case = make(op, ROWS[op], 256, 256)
+    mesh = mesh_of(x=4)
+    batched = [
+        jax.device_put(jnp.stack([x] * 2), NamedSharding(mesh, P(None, *spec(names, {"n": "x"}))))
+        for x, names in zip(case.operands, DIMENSIONS[op][0], strict=True)
+    ]
+    sfb = DIMENSIONS[op][0][3]
+    batched[3] = jax.device_put(batched[3], NamedSharding(mesh, P(*[None] * (1 + len(sfb)))))
+    function = jax.jit(jax.vmap(case.function))
+    d = function(*batched)
+    case.check(d[0])
+    case.check(d[1])
+
+
+def test_vmap_of_a_split_batch_stays_split() -> None:
+    case = make("dense", 16, 256, 256)
+    mesh = mesh_of(x=4)
+    a, sfa, b, sfb = case.operands
+    split, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+    a, sfa = (jax.device_put(np.stack([x] * 4), split) for x in (a, sfa))
+    b, sfb = (jax.device_put(x, whole) for x in (b, sfb))
+    function = jax.jit(jax.vmap(case.function, in_axes=(0, 0, None, None)))
+    d = function(a, sfa, b, sfb)
+    case.check(d[2])
+    assert d.sharding.is_equivalent_to(split, 3)
+    assert not collectives(function, a, sfa, b, sfb)
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_inside_control_flow(op: str) -> None:
+    case = make(op, ROWS[op], 256, 256)
+    operands = case.put(mesh_of(x=4), {"n": "x"})
+
+    def loop(*operands: jax.Array) -> jax.Array:
+        _, d = jax.lax.scan(lambda c, _: (c, case.function(*operands)), 0, None, length=2)
+        return d[1]
+
+    case.check(jax.jit(loop)(*operands))
+    assert "all-gather" not in collectives(loop, *operands)
+
+
+def test_eager_calls_follow_their_operands() -> None:
+    case = make("dense", 64, 256, 256)
+    d = case.function(*case.put(mesh_of(x=4), {"m": "x"}))
+    case.check(d)
+    assert d.sharding.spec[0] == "x"
+
+
+def test_equal_calls_are_one_call() -> None:
+    """JAX's caches compare the call's identity: another one would be compiled again."""
+    case = make("dense", 8, 16, 48)
+
+    def call() -> Any:  # of a function that JAX has not traced yet
+        return jax.make_jaxpr(lambda *x: case.function(*x))(*case.operands).eqns[-1].params["call"]
+
+    assert call() is call()
+
+
+def test_the_older_partitioner() -> None:
+    """GSPMD, which a flag of JAX brings back, asks another function."""
+    case = make("dense", 64, 256, 256)
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        d = jax.jit(case.function)(*case.put(mesh_of(x=4), {"m": "x"}))
+        case.check(d)
+        assert d.sharding.is_equivalent_to(NamedSharding(d.sharding.mesh, P("x")), 2)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+# --- Explicit meshes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("op", "plan", "communicated"), CASES)
+def test_explicit_mesh(op: str, plan: Plan, communicated: set[str]) -> None:
+    """The operands' types say what is split; the result's type says it, too."""
+    case = make(op, ROWS[op], 192, 656)
+    mesh = mesh_of(AxisType.Explicit, x=4, y=2)
+    operands = case.put(mesh, plan)
+    _, letters = DIMENSIONS[op]
+
+    def check_type(*operands: jax.Array) -> jax.Array:
+        d = case.function(*operands)
+        assert jax.typeof(d).sharding.spec == spec(letters, plan)
+        return d
+
+    case.check(jax.jit(check_type)(*operands))
+    if op == "masked" and "k" not in plan:
+        communicated = set()
+    assert set(collectives(case.function, *operands)) == communicated
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_explicit_mesh_of_the_context(op: str) -> None:
+    case = make(op, ROWS[op], 192, 256)
+    mesh = mesh_of(AxisType.Explicit, x=4, y=2)
+    operands = case.put(mesh, {"m": "x", "k": "y"})
+    _, letters = DIMENSIONS[op]
+    with jax.set_mesh(mesh):
+        for function in (case.function, jax.jit(case.function)):
+            d = function(*operands)
+            assert jax.typeof(d).sharding.spec == spec(letters, {"m": "x"})
+            case.check(d)
+
+
+def test_explicit_mesh_lowers_one_call_per_device() -> None:
+    case = make("dense", 64, 1024, 1024)
+    mesh = mesh_of(AxisType.Explicit, x=4, y=2)
+    (call,) = cuda_calls(cuda_text(case.function, *case.put(mesh, {"m": "y", "n": "x"})))
+    problem = problem_of(call)
+    assert (problem["m"], problem["n"], problem["k"]) == (32, 256, 1024)
+
+
+REFUSED = {
+    "k-of-a-alone": (
+        (P(None, "x"), P()),
+        r"gemm_fp8_fp8_bf16_nt: dimension k must be sharded alike in a and b, got \('x',\) and "
+        r"\(\): jax.sharding.reshard one of them",
+    ),
+    "k-of-b-alone": ((P(), P(None, "x")), r"dimension k must .* got \(\) and \('x',\)"),
+    "one-axis-twice": (
+        (P("x"), P("x")),
+        r"gemm_fp8_fp8_bf16_nt: a mesh axis must shard one dimension, got 'x' for m and for n of "
+        r"b: jax.sharding.reshard one operand",
+    ),
+}
+
+
+@pytest.mark.parametrize(("specs", "message"), REFUSED.values(), ids=list(REFUSED))
+def test_explicit_types_that_contradict_are_refused(
+    specs: tuple[PartitionSpec, PartitionSpec], message: str
+) -> None:
+    case = make("dense", 64, 256, 1024)
+    mesh = mesh_of(AxisType.Explicit, x=4)
+    splits = [specs[0], specs[0], specs[1], P()]
+    operands = [
+        jax.device_put(x, NamedSharding(mesh, split))
+        for x, split in zip(case.operands, splits, strict=True)
+    ]
+    for function in (case.function, jax.jit(case.function)):
+        with pytest.raises(ValueError, match=message):
+            function(*operands)
+
+
+def test_explicit_rows_that_cut_contiguous_blocks_are_refused() -> None:
+    case = make("contiguous", 256, 64, 128, groups=2)
+    operands = case.put(mesh_of(AxisType.Explicit, x=4), {"m": "x"})
+    with pytest.raises(
+        ValueError, match="m must be sharded in multiples of 128 rows, got 256 rows"
+    ):
+        case.function(*operands)
+
+
+def test_explicit_vmap_of_a_split_batch() -> None:
+    case = make("dense", 16, 256, 256)
+    mesh = mesh_of(AxisType.Explicit, x=4, y=2)
+    a, sfa, b, sfb = case.operands
+    with jax.set_mesh(mesh):
+        a, sfa = (jax.device_put(np.stack([x] * 4), NamedSharding(mesh, P("x"))) for x in (a, sfa))
+        b, sfb = (jax.device_put(x, NamedSharding(mesh, P("y"))) for x in (b, sfb))
+        d = jax.jit(jax.vmap(case.function, in_axes=(0, 0, None, None)))(a, sfa, b, sfb)
+    assert jax.typeof(d).sharding.spec == P("x", None, "y")
+    case.check(np.asarray(d)[2])
+
+
+# --- shard_map -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_shard_map_over_some_axes(op: str, kind: AxisType) -> None:
+    """Partial-manual: the other axis is left to XLA, or to types."""
+    case = make(op, ROWS[op], 256, 256)
+    mesh = mesh_of(kind, x=4, y=2)
+    names, letters = DIMENSIONS[op]
+    plan = {"masked": {"g": "x"}, "dense": {"m": "x"}}.get(op, {"m": "x"})
+    if op == "ragged":
+        plan = {}  # rows of a shard would need sizes of their own
+    varying = []
+
+    def body(*shards: jax.Array) -> jax.Array:
+        d = case.function(*shards)
+        varying.append(jax.typeof(d).manual_axis_type.varying)
+        return d
+
+    specs, out = tuple(spec(x, plan) for x in names), spec(letters, plan)
+    operands = [
+        jax.device_put(x, NamedSharding(mesh, split))
+        for x, split in zip(case.operands, specs, strict=True)
+    ]
+    split = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=out, axis_names={"x"})
+    with jax.set_mesh(mesh):
+        case.check(jax.jit(split)(*operands))
+    assert set(varying) == {frozenset({"x"} if plan else ())}
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_shard_map_lowers_without_devices(op: str) -> None:
+    """For a mesh that exists elsewhere: nothing here asks for the devices."""
+    case = make(op, ROWS[op], 256, 256)
+    mesh = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    specs = tuple(P() for _ in case.operands)
+    mapped = jax.shard_map(case.function, mesh=mesh, in_specs=specs, out_specs=P())
+    whole = NamedSharding(mesh, P())
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in case.operands]
+    assert len(cuda_calls(cuda_text(mapped, *shapes))) == 1
+
+
+def quantized_linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    lhs = jax_deepgemm.quantize_per_token(x)
+    rhs = jax_deepgemm.quantize_per_block(w)
+    return jax_deepgemm.gemm_fp8_fp8_bf16_nt(lhs, rhs).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w.T in FP8, and its gradient."""
+    return quantized_linear(x, w)
+
+
+def linear_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return linear(x, w), (x, w)
+
+
+def linear_backward(
+    residuals: tuple[jax.Array, jax.Array], d: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = residuals
+    return quantized_linear(d, w.T), quantized_linear(d.T, x.T)
+
+
+linear.defvjp(linear_forward, linear_backward)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("how", ["shard_map", "jit"])
+def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
+    """A gradient of one's own is that of one device: no factor of four, no part missing."""
+    rng = np.random.default_rng(0)
+    x, w, t = (
+        rng.standard_normal(s, dtype=np.float32) for s in ((512, 256), (128, 256), (512, 128))
+    )
+
+    def loss(x: jax.Array, w: jax.Array, t: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(linear(x, w) - t))
+
+    expected = jax.jit(jax.grad(loss, (0, 1)))(x, w, t)
+    mesh = mesh_of(kind, x=4)
+    rows, whole = NamedSharding(mesh, P("x")), NamedSharding(mesh, P())
+    arrays = [jax.device_put(v, s) for v, s in ((x, rows), (w, whole), (t, rows))]
+
+    def body(x: jax.Array, w: jax.Array, t: jax.Array) -> jax.Array:
+        # Outside the custom gradient, where the cast's transpose is the sum over devices.
+        w = jax.lax.pcast(w, "x", to="varying")
+        return jax.lax.psum(loss(x, w, t), "x")
+
+    function = loss
+    if how == "shard_map":
+        function = jax.shard_map(body, mesh=mesh, in_specs=(P("x"), P(), P("x")), out_specs=P())
+    with jax.set_mesh(mesh):
+        actual = jax.jit(jax.grad(function, (0, 1)))(*arrays)
+    for a, e in zip(actual, expected, strict=True):
+        # Shards of rows are quantised in other blocks: FP8's errors differ, and no more than that.
+        assert numerics.error(np.asarray(a), np.asarray(e)) < 2e-3
+        np.testing.assert_allclose(np.linalg.norm(a), np.linalg.norm(e), rtol=1e-2)
