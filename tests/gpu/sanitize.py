@@ -20,10 +20,10 @@ time, but initcheck must see them write what ours read. initcheck does not see w
 write, so it would call every copy of a result to the host uninitialised; it checks the kernels
 alone. The cases are few and small because the tools slow kernels down a hundredfold.
 
-racecheck (of CUDA 13.0) follows mbarriers, but takes an arrival for that of one thread: where a lane
-arrives for its warp, after a __syncwarp that costs no instruction, it reports what the other lanes
-have read. With DG_RACECHECK every thread arrives for itself. It also expects all warps of a block to
-wait for a cluster barrier, or it hangs.
+racecheck (of CUDA 13.0) follows mbarriers, but takes an arrival for that of one thread: where a
+lane arrives for its warp, after a __syncwarp that costs no instruction, it reports what the other
+lanes have read. With DG_RACECHECK every thread arrives for itself. It also expects all warps of a
+block to wait for a cluster barrier, or it hangs.
 
 Prints every case before it runs, so that a hang has a name, then the number of cases and the worst
 error of a row. The exit status is 1 if a result is wrong.
