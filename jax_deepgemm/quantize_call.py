@@ -159,7 +159,8 @@ def _declare(op: str) -> Callable[..., Arrays]:
             )
             layouts.append((1, 0) if token_scales else None)
         call = jax.ffi.ffi_call(_native.QUANTIZE_TARGET, matrices, output_layouts=layouts)
-        operands = [x.reshape(-1, x.shape[-1]), *(size.reshape(-1) for size in sizes)]
+        matrix = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # either may be 0
+        operands = [matrix, *(size.reshape(-1) for size in sizes)]
         # int64 whatever the caller's type: the target decodes exactly that.
         attributes = {key: np.int64(value) for key, value in problem._asdict().items()}
         return [

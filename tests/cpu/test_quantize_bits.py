@@ -220,6 +220,13 @@ def test_symbolic_dimension_is_refused(op: str) -> None:
 
 
 @every_op
+@pytest.mark.parametrize("shape", [(0, 128), (128, 0), (2, 0, 16)], ids=str)
+def test_empty_lowers_for_cuda(op: str, shape: tuple[int, ...]) -> None:
+    x = jax.ShapeDtypeStruct(shape, "float32")
+    assert cuda_text(lambda x: run(op, x), x)
+
+
+@every_op
 @pytest.mark.parametrize("fp8", oracle.FP8_TYPES)
 def test_cuda_call(op: str, fp8: str) -> None:
     x = jax.ShapeDtypeStruct((2, 3, 72, 512), "float16")

@@ -66,12 +66,13 @@ def test_programs_are_captured_by_default() -> None:
     """From the third run on the host launches none of the program's kernels itself."""
     x, layers = model_operands(12, support.SEED)
     program = jax.jit(model).lower(x, layers).compile()
-    assert launches_of(lambda: program(x, layers)) >= 12
+    kernels = 2 * 12  # a layer quantises and multiplies
+    assert launches_of(lambda: program(x, layers)) >= kernels
     launches_of(lambda: program(x, layers))  # records
     assert [launches_of(lambda: program(x, layers)) for _ in range(3)] == [0, 0, 0]
     singly = jax.jit(model).lower(x, layers).compile(NO_CUDA_GRAPHS)
     singly(x, layers)
-    assert [launches_of(lambda: singly(x, layers)) for _ in range(3)] == [12, 12, 12]
+    assert [launches_of(lambda: singly(x, layers)) for _ in range(3)] == [kernels] * 3
 
 
 def test_graph_is_recorded_again_when_buffers_move() -> None:
