@@ -31,3 +31,10 @@ def integer(function: str, argument: str, value: Any, *, bits: int) -> int:
 def is_array(value: Any) -> bool:
     """Whether value is an array of JAX or NumPy, or a tracer of one; numbers and lists are none."""
     return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def boolean(function: str, argument: str, value: Any) -> bool:
+    """Returns `value`, or raises a TypeError if it is not True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {argument} must be True or False, got {value!r}")
+    return value

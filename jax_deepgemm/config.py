@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from jax_deepgemm.arguments import H100_SMS, integer
+from jax_deepgemm.arguments import H100_SMS, boolean, integer
 from jax_deepgemm.ffi import _native
 
 OPS = ("dense", "contiguous", "masked", "ragged")
@@ -64,6 +64,7 @@ class Problem(NamedTuple):
         num_sms: SMs the kernel may use; in the custom call 0 for all that the device has.
         a_type: index into FP8_TYPES.
         b_type: the same of B.
+        batch_invariant: 1 if a row's bits are to depend on the row, its matrix, n and k alone.
     """
 
     op: int
@@ -75,6 +76,7 @@ class Problem(NamedTuple):
     num_sms: int
     a_type: int = 0
     b_type: int = 0
+    batch_invariant: int = 0
 
 
 # It has room for every configuration there is: k-blocks for four CTAs to split, and SMs for them to
@@ -91,6 +93,7 @@ def select_config(
     op: str = "dense",
     num_groups: int = 1,
     expected_m: int | None = None,
+    batch_invariant: bool = False,
 ) -> GemmConfig:
     """Returns the configuration that an operation of this shape runs with.
 
@@ -104,13 +107,22 @@ def select_config(
         op: "dense", "contiguous", "masked" or "ragged".
         num_groups: weight matrices; 1 for op "dense".
         expected_m: for op "masked", the operation's hint; by default max_m.
+        batch_invariant: the operation's option.
 
     Raises:
         TypeError: a size is no integer.
         ValueError: there is no kernel for this problem.
     """
     problem = check_problem(
-        "select_config", m, n, k, num_sms, op=op, num_groups=num_groups, expected_m=expected_m
+        "select_config",
+        m,
+        n,
+        k,
+        num_sms,
+        op=op,
+        num_groups=num_groups,
+        expected_m=expected_m,
+        batch_invariant=batch_invariant,
     )
     return GemmConfig(*_native.select_config(problem))
 
@@ -124,6 +136,7 @@ def legal_configs(
     op: str = "dense",
     num_groups: int = 1,
     expected_m: int | None = None,
+    batch_invariant: bool = False,
 ) -> list[GemmConfig]:
     """Returns the configurations that `select_config` chooses among, in a fixed order.
 
@@ -135,13 +148,22 @@ def legal_configs(
         op: the operation.
         num_groups: weight matrices.
         expected_m: the hint of op "masked".
+        batch_invariant: the operation's option.
 
     Raises:
         TypeError: a size is no integer.
         ValueError: there is no kernel for this problem.
     """
     problem = check_problem(
-        "legal_configs", m, n, k, num_sms, op=op, num_groups=num_groups, expected_m=expected_m
+        "legal_configs",
+        m,
+        n,
+        k,
+        num_sms,
+        op=op,
+        num_groups=num_groups,
+        expected_m=expected_m,
+        batch_invariant=batch_invariant,
     )
     return [GemmConfig(*fields) for fields in _native.candidates(problem)]
 
@@ -171,6 +193,7 @@ def check_problem(
     op: str = "dense",
     num_groups: int = 1,
     expected_m: int | None = None,
+    batch_invariant: bool = False,
 ) -> Problem:
     """Returns the problem, or raises in the name of `function` if no kernel computes it.
 
@@ -186,6 +209,7 @@ def check_problem(
         n=integer(function, "n", n, bits=64),
         k=integer(function, "k", k, bits=64),
         num_sms=integer(function, "num_sms", num_sms, bits=32),
+        batch_invariant=boolean(function, "batch_invariant", batch_invariant),
     )
     if expected_m is not None:
         if op != "masked":

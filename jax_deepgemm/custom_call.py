@@ -58,6 +58,7 @@ def declare_gemm(
         config: GemmConfig | None,
         num_sms: int,
         expected_m: int,
+        batch_invariant: bool,
         fill_zero: bool = False,
     ) -> dict[str, int]:
         *rows, k = a.shape
@@ -72,6 +73,7 @@ def declare_gemm(
             num_sms=num_sms,
             a_type=FP8_TYPES.index(a.dtype.name),
             b_type=FP8_TYPES.index(b.dtype.name),
+            batch_invariant=batch_invariant,
         )
         # A configuration of zeros: the device that the call runs on selects one.
         names = GemmConfig.__dataclass_fields__
@@ -118,6 +120,7 @@ def options(
     config: GemmConfig | None,
     *,
     expected_m: int | None = None,
+    batch_invariant: bool = False,
 ) -> dict[str, Any]:
     """Returns a primitive's parameters, or raises in the name of `function` if no kernel fits.
 
@@ -127,6 +130,7 @@ def options(
         sizes: n, k, num_groups where there are groups, and m or else max_m.
         config: the caller's kernel, None for the selected one.
         expected_m: the hint of the masked operation.
+        batch_invariant: whether the kernel is to be one whose results do not depend on m.
     """
     num_groups = sizes.get("num_groups", 1)
     num_sms = num_sms_limit()
@@ -139,7 +143,19 @@ def options(
         op=op,
         num_groups=num_groups,
         expected_m=expected_m,
+        batch_invariant=batch_invariant,
     )
     if config is not None:
         check_config(function, problem, config)
-    return {"config": config, "num_sms": num_sms, "expected_m": problem.expected_m}
+    return {
+        "config": config,
+        "num_sms": num_sms,
+        "expected_m": problem.expected_m,
+        "batch_invariant": bool(problem.batch_invariant),
+    }
+
+
+def check_options(function: str, op: str, sizes: Sizes, parameters: dict[str, Any]) -> None:
+    """Raises if no kernel fits a larger problem with the parameters that `options` returned."""
+    invariant = parameters["batch_invariant"]
+    options(function, op, sizes, parameters["config"], batch_invariant=invariant)

@@ -45,9 +45,14 @@ def _batch(
         a, sfa = (jnp.broadcast_to(x, (batch, *x.shape)) for x in (a, sfa))
     sizes = {"num_groups": batch, "max_m": m, "n": n, "k": k}
     # The same SMs as when the operation was called, not as many as are allowed by now.
-    grouped = options(_NAME, "masked", sizes, parameters["config"], expected_m=max(1, m)) | {
-        "num_sms": parameters["num_sms"]
-    }
+    grouped = options(
+        _NAME,
+        "masked",
+        sizes,
+        parameters["config"],
+        expected_m=max(1, m),
+        batch_invariant=parameters["batch_invariant"],
+    ) | {"num_sms": parameters["num_sms"]}
     counts = jnp.full((batch,), m, jnp.int32)
     return bind_masked(a, sfa, b, sfb, counts, fill_zero=False, **grouped), 0
 
@@ -62,7 +67,11 @@ _gemm = declare_gemm(
 
 
 def gemm_fp8_fp8_bf16_nt(
-    lhs: Operand, rhs: Operand, *, config: GemmConfig | None = None
+    lhs: Operand,
+    rhs: Operand,
+    *,
+    config: GemmConfig | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies two block-scaled FP8 matrices: d = dequantize(a, sfa) @ dequantize(b, sfb).T.
 
@@ -80,6 +89,9 @@ def gemm_fp8_fp8_bf16_nt(
         rhs: (b, sfb): float8_e4m3fn[n, k] and float32[ceil(n/128), ceil(k/128)], for example from
             `quantize_per_block`. n is a multiple of 8.
         config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+        batch_invariant: whether a row's bits, on a GPU, are to depend on nothing but the row, its
+            matrix, n and k, and not on m, on other rows or on how rows are grouped. It takes
+            configurations that split k away from selection, which costs time where m is small.
 
     Returns:
         bfloat16[m, n].
@@ -93,4 +105,5 @@ def gemm_fp8_fp8_bf16_nt(
         DeepSeek-V3 technical report, section 3.3.2; DeepGEMM's function of the same name.
     """
     operands, sizes = check_pairs(_NAME, lhs, rhs)
-    return _gemm(*operands, **options(_NAME, "dense", sizes, config))
+    parameters = options(_NAME, "dense", sizes, config, batch_invariant=batch_invariant)
+    return _gemm(*operands, **parameters)

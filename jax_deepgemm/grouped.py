@@ -22,7 +22,7 @@ from jax_deepgemm import reference
 from jax_deepgemm.arguments import integer, is_array
 from jax_deepgemm.batching import NAMES, Batched, merge, refusal, to_front
 from jax_deepgemm.config import GemmConfig
-from jax_deepgemm.custom_call import declare_gemm, options
+from jax_deepgemm.custom_call import check_options, declare_gemm, options
 from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
 from jax_deepgemm.operands import Operand, check_integers, check_pairs, describe
 from jax_deepgemm.partitioning import Dimensions, Partitioning, Shard
@@ -64,7 +64,7 @@ def _batch_contiguous(
     if batch == 0:
         return jnp.zeros((batch, m, b.shape[-2]), jnp.bfloat16), 0
     sizes = {"num_groups": b.shape[0], "m": batch * m, "n": b.shape[1], "k": a.shape[-1]}
-    options(_CONTIGUOUS, "contiguous", sizes, parameters["config"])  # checks the larger problem
+    check_options(_CONTIGUOUS, "contiguous", sizes, parameters)
     d = bind(merge(a), merge(sfa), b, sfb, merge(indices), **parameters)
     return d.reshape(batch, m, -1), 0
 
@@ -85,7 +85,7 @@ def _batch_masked(
     if batch == 0:
         return jnp.zeros((batch, num_groups, max_m, n), jnp.bfloat16), 0
     sizes = {"num_groups": batch * num_groups, "max_m": max_m, "n": n, "k": k}
-    options(_MASKED, "masked", sizes, parameters["config"])  # checks the larger problem
+    check_options(_MASKED, "masked", sizes, parameters)
     counts = jnp.broadcast_to(counts, (batch, num_groups))
     d = bind(*map(merge, matrices), merge(counts), **parameters)
     return d.reshape(batch, num_groups, max_m, n), 0
@@ -198,7 +198,12 @@ _ragged = declare_gemm(
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
-    lhs: Operand, rhs: Operand, m_indices: ArrayLike, *, config: GemmConfig | None = None
+    lhs: Operand,
+    rhs: Operand,
+    m_indices: ArrayLike,
+    *,
+    config: GemmConfig | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies every row by the matrix of its index: d[i] = a[i] @ b[m_indices[i]].T.
 
@@ -217,6 +222,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
             checked: where groups share such a block, rows of all but its largest index are
             undefined on a GPU.
         config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+        batch_invariant: as for `gemm_fp8_fp8_bf16_nt`.
 
     Returns:
         bfloat16[m, n].
@@ -231,7 +237,8 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
     """
     operands, sizes = check_pairs(_CONTIGUOUS, lhs, rhs, groups=("num_groups",))
     indices = check_integers(_CONTIGUOUS, "m_indices", m_indices, ("m",), sizes)
-    return _contiguous(*operands, indices, **options(_CONTIGUOUS, "contiguous", sizes, config))
+    parameters = options(_CONTIGUOUS, "contiguous", sizes, config, batch_invariant=batch_invariant)
+    return _contiguous(*operands, indices, **parameters)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
@@ -242,6 +249,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     *,
     fill: Literal["undefined", "zero"] = "undefined",
     config: GemmConfig | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies the first rows of every group by its matrix: d[g, i] = a[g, i] @ b[g].T.
 
@@ -262,6 +270,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
         fill: what becomes of the rows of d from masked_m[g] on. "undefined": on a GPU they are not
             written and hold whatever was in that memory, NaN perhaps. "zero": they are zeros.
         config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+        batch_invariant: as for `gemm_fp8_fp8_bf16_nt`.
 
     Returns:
         bfloat16[num_groups, max_m, n].
@@ -283,7 +292,9 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     if fill not in _FILLS:
         raise ValueError(f"{_MASKED}: fill must be one of {', '.join(_FILLS)}, got {fill!r}")
     expected_m = integer(_MASKED, "expected_m", expected_m, bits=64)
-    parameters = options(_MASKED, "masked", sizes, config, expected_m=expected_m)
+    parameters = options(
+        _MASKED, "masked", sizes, config, expected_m=expected_m, batch_invariant=batch_invariant
+    )
     return bind_masked(*operands, counts, fill_zero=fill == "zero", **parameters)
 
 
@@ -294,6 +305,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
     group_offset: ArrayLike | None = None,
     *,
     config: GemmConfig | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """Multiplies consecutive rows by the matrix of their group, like `jax.lax.ragged_dot`.
 
@@ -318,6 +330,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
             group_offset, ..., group_offset + num_groups - 1. Those of them that are no index of
             group_sizes are empty.
         config: the kernel to run on a GPU; by default `select_config` chooses by shape.
+        batch_invariant: as for `gemm_fp8_fp8_bf16_nt`.
 
     Returns:
         bfloat16[m, n].
@@ -340,7 +353,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
             f"got {describe(group_sizes)}"
         )
     offset = _offset(0 if group_offset is None else group_offset)
-    parameters = options(_RAGGED, "ragged", sizes, config)
+    parameters = options(_RAGGED, "ragged", sizes, config, batch_invariant=batch_invariant)
     return _ragged(*operands, group_sizes, offset, **parameters)
 
 

@@ -39,6 +39,7 @@ struct GemmAttributes {
   // An explicit configuration; block_m = 0: select one.
   int64_t block_m, block_n, num_stages, math_warpgroups, cluster_m, cluster_n, cluster_k, raster_m;
   int64_t a_type, b_type;  // an Fp8
+  int64_t batch_invariant;
 };
 
 struct Member {
@@ -66,6 +67,7 @@ constexpr Member kMembers[] = {
     {"raster_m", &GemmAttributes::raster_m, true},
     {"a_type", &GemmAttributes::a_type, false},
     {"b_type", &GemmAttributes::b_type, false},
+    {"batch_invariant", &GemmAttributes::batch_invariant, false},
 };
 
 // The struct "problem". A member that is not known came from a newer release, and may change what
@@ -126,7 +128,8 @@ class GemmState {
                                  attributes_.k,
                                  num_sms,
                                  ToFp8(attributes_.a_type),
-                                 ToFp8(attributes_.b_type)};
+                                 ToFp8(attributes_.b_type),
+                                 attributes_.batch_invariant != 0};
     std::optional<GemmConfig> config;
     if (attributes_.block_m != 0) {
       const auto narrow = [](int64_t value) { return static_cast<int>(value); };

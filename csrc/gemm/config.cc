@@ -178,6 +178,10 @@ std::string WhyIllegal(const GemmProblem& problem, const GemmConfig& config) {
     return "a cluster of " + std::to_string(config.cluster_size()) + " CTAs needs as many SMs, " +
            "but num_sms is " + std::to_string(problem.num_sms);
   }
+  if (problem.batch_invariant && config.cluster_k > 1) {
+    return Sentence("cluster_k", config.cluster_k,
+                    "1 with batch_invariant: how k is split must not depend on m");
+  }
   if (KBlocks(problem) < config.cluster_k) {
     return Sentence("cluster_k", config.cluster_k,
                     "at most the number of k-blocks (" + std::to_string(KBlocks(problem)) + ")");

@@ -30,6 +30,8 @@ struct GemmProblem {
   int num_sms;
   Fp8 a_type = Fp8::kE4M3;
   Fp8 b_type = Fp8::kE4M3;
+  // A row's bits are to depend on nothing but the row, its matrix, n and k.
+  bool batch_invariant = false;
 };
 
 // "e4m3" or "e5m2", as PTX spells them.

@@ -37,6 +37,7 @@ std::string KernelName(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.a_type != Fp8::kE4M3 || problem.b_type != Fp8::kE4M3) {
     name << "_" << Fp8Name(problem.a_type) << "x" << Fp8Name(problem.b_type);
   }
+  if (problem.batch_invariant) name << "_invariant";
   name << "_n" << problem.n << "_k" << problem.k << "_" << config.block_m << "x" << config.block_n
        << "_s" << config.num_stages << "_w" << config.math_warpgroups << "_c" << config.cluster_m
        << "x" << config.cluster_n << "x" << config.cluster_k << "_r" << config.raster_m;
@@ -61,6 +62,7 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
   constant("kClusterN", config.cluster_n);
   constant("kClusterK", config.cluster_k);
   constant("kRasterM", config.raster_m);
+  constant("kRotatesK", !problem.batch_invariant);
   constant("kArrivalsPerWarp", every_thread_arrives ? 32 : 1);
   text << "}  // namespace dg::config\n\n"
        << "namespace dg {\n"

@@ -34,7 +34,7 @@
 // the other's wgmma.
 //
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
-// kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM,
+// kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM, kRotatesK,
 // kArrivalsPerWarp. m and the groups are run-time values: one kernel serves them all.
 #pragma once
 

@@ -121,7 +121,7 @@ class KRange {
   // The i-th k-block of a tile is block(i, start(tile)).
   __device__ int start(const Tile& tile) const {
     // Taller tiles are for matrices with many rows.
-    if (kRowsPerCluster > 128 || !tile.alone) return 0;
+    if (!config::kRotatesK || kRowsPerCluster > 128 || !tile.alone) return 0;
     return tile.n / kColumnsPerCluster * count_ / kTileColumns;
   }
   __device__ int block(int i, int start) const {

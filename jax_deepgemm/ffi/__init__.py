@@ -103,6 +103,7 @@ def compile_kernel(
     op: str = "dense",
     a_dtype: str = "float8_e4m3fn",
     b_dtype: str = "float8_e4m3fn",
+    batch_invariant: bool = False,
 ) -> KernelReport:
     """Compiles a kernel for sm_90a through the JIT and its caches; needs no GPU.
 
@@ -115,6 +116,7 @@ def compile_kernel(
         op: the operation that runs the kernel: "dense", "contiguous", "masked" or "ragged".
         a_dtype: what A holds: "float8_e4m3fn" or "float8_e5m2".
         b_dtype: what B holds.
+        batch_invariant: the operation's option.
 
     Raises:
         TypeError: config is no GemmConfig, or another argument no integer.
@@ -129,9 +131,9 @@ def compile_kernel(
             raise ValueError(
                 f"compile_kernel: {argument} must be {' or '.join(FP8_TYPES)}, got {dtype!r}"
             )
-    problem = check_problem("compile_kernel", 1, n, k, num_sms, op=op)._replace(
-        a_type=FP8_TYPES.index(a_dtype), b_type=FP8_TYPES.index(b_dtype)
-    )
+    problem = check_problem(
+        "compile_kernel", 1, n, k, num_sms, op=op, batch_invariant=batch_invariant
+    )._replace(a_type=FP8_TYPES.index(a_dtype), b_type=FP8_TYPES.index(b_dtype))
     check_config("compile_kernel", problem, config)
     text, headers = _native.kernel_source(problem, config.fields)
     name = _native.kernel_name(problem, config.fields)

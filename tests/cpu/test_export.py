@@ -64,7 +64,9 @@ def test_export_carries_every_attribute() -> None:
     )(*operands)
     restored = export.deserialize(exported.serialize())
     (call,) = cuda_calls(cuda_text(restored.call, *operands))
-    assert sorted(problem_of(call)) == sorted([*FIRST_MEMBERS, "a_type", "b_type"])
+    assert sorted(problem_of(call)) == sorted(
+        [*FIRST_MEMBERS, "a_type", "b_type", "batch_invariant"]
+    )
 
 
 def test_export_of_a_sharded_program() -> None:

@@ -506,7 +506,7 @@ def test_cuda_call(m: int, padded: int) -> None:
     assert pads == ([str(padded - m)] if padded != m else [])
 
 
-TYPES = {"a_type": 0, "b_type": 0}
+TYPES = {"a_type": 0, "b_type": 0, "batch_invariant": 0}
 DENSE_PROBLEM = {"op": 0, "num_groups": 1, "m": M, "expected_m": 0, "n": N, "k": K} | TYPES
 
 

@@ -626,7 +626,15 @@ def cuda_call(function: Callable[..., Any], *arguments: Any) -> str:
 
 
 NO_OPTIONS = dict.fromkeys(
-    ["num_sms", "fill_zero", "a_type", "b_type", *GemmConfig.__dataclass_fields__], 0
+    [
+        "num_sms",
+        "fill_zero",
+        "a_type",
+        "b_type",
+        "batch_invariant",
+        *GemmConfig.__dataclass_fields__,
+    ],
+    0,
 )
 SIZES = {"num_groups": 3, "n": 136, "k": 144}
 B = "tensor<408x144xf8E4M3FN>, tensor<6x2xf32>"
