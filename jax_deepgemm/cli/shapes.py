@@ -92,6 +92,56 @@ def _grouped(op: str, *groups: tuple[int, int]) -> tuple[Shape, ...]:
     return tuple(Shape(op, g, m, n, k) for g, m in groups for n, k in EXPERT_WEIGHTS)
 
 
+class Model(NamedTuple):
+    """A mixture of experts whose layers are multiplied; sizes are those of its configuration."""
+
+    weights: tuple[tuple[int, int], ...]  # (n, k) of the dense layers, attention's first
+    hidden: int
+    expert_hidden: int
+    experts: int
+    experts_per_token: int = 8
+
+    @property
+    def expert_weights(self) -> tuple[tuple[int, int], ...]:
+        """(n, k) of gate and up together, and of down."""
+        return ((2 * self.expert_hidden, self.hidden), (self.hidden, self.expert_hidden))
+
+    def decode(self, *tokens: int) -> tuple[Shape, ...]:
+        """All of a layer's products, every expert on one device."""
+        return tuple(
+            shape
+            for m in tokens
+            for shape in (
+                *(Shape.dense(m, n, k) for n, k in self.weights),
+                *(Shape(RAGGED, *self._busy(m), n, k) for n, k in self.expert_weights),
+            )
+        )
+
+    def training(self, tokens: int, devices: int) -> tuple[Shape, ...]:
+        """The forward products of one device, which has its share of the experts."""
+        groups = self.experts // devices
+        rows = tokens * self.experts_per_token * devices // self.experts
+        return (
+            *(Shape.dense(tokens, n, k) for n, k in self.weights),
+            *(Shape(RAGGED, groups, rows, n, k) for n, k in self.expert_weights),
+        )
+
+    def _busy(self, tokens: int) -> tuple[int, int]:
+        """Experts that get rows, and how many each, if tokens spread evenly."""
+        rows = tokens * self.experts_per_token
+        return min(rows, self.experts), max(1, rows // self.experts)
+
+
+# From the models' published configurations.
+MODELS = {
+    "deepseek-v3": Model(DENSE_WEIGHTS, 7168, 2048, 256),
+    "qwen3-moe": Model(((9216, 4096), (4096, 8192)), 4096, 1536, 128),  # 235B-A22B
+    "kimi-k2": Model(((2112, 7168), (12288, 1536), (16384, 512), (7168, 8192)), 7168, 2048, 384),
+    "glm": Model(((14336, 5120), (5120, 12288), (24576, 5120)), 5120, 1536, 160),  # 4.5
+}
+DECODE_TOKENS = (1, 4, 16, 64, 256)
+TRAINING_TOKENS, TRAINING_DEVICES = 8192, 8
+
 _DENSE = _dense(64, 128, 4096)
 _GROUPED = _grouped(CONTIGUOUS, (4, 8192), (8, 4096)) + _grouped(
     MASKED, (1, 1024), (2, 512), (4, 256)
@@ -104,13 +154,20 @@ NAMED_SHAPES = {
     "ragged": _grouped(
         RAGGED, (4, 8192), (8, 4096), (8, 64), (32, 64), (256, 10), (384, 8), (512, 8)
     ),
+    **{name: model.decode(*DECODE_TOKENS) for name, model in MODELS.items()},
+    "training": tuple(
+        shape
+        for model in MODELS.values()
+        for shape in model.training(TRAINING_TOKENS, TRAINING_DEVICES)
+    ),
 }
 
 SHAPES_HELP = (
     "MxNxK (dense) or OP:GxMxNxK (OP contiguous, masked or ragged, G groups of M rows), separated "
     "by commas or spaces, or a named set: seed (the next two), dense (DeepSeek-V3's dense shapes, "
     "m = 64, 128, 4096), grouped (its experts, contiguous and masked), ragged (up to 512 experts), "
-    "decode (as dense, m = 1, 8, 16, 32)"
+    "decode (as dense, m = 1, 8, 16, 32), a model's layers at 1 to 256 tokens "
+    f"({', '.join(MODELS)}), training (all of them at {TRAINING_TOKENS} tokens per device)"
 )
 
 

@@ -140,11 +140,20 @@ def declare(
         output: jax.Array = partitioned.bind(*operands, call=call, **parameters)
         return output
 
-    def inline(*operands: jax.Array, call: ClosedJaxpr, **_: Any) -> jax.Array:
-        d: jax.Array = jaxpr_as_fun(call)(*operands)[0]
-        return d
+    def lower(context: Any, *operands: Any, call: ClosedJaxpr, **parameters: Any) -> Any:
+        def here(*operands: jax.Array) -> jax.Array:
+            with no_mesh():
+                return bind_here(*operands, **parameters)
 
-    mlir.register_lowering(partitioned, mlir.lower_fun(inline, multiple_results=False))
+        def split(*operands: jax.Array) -> jax.Array:
+            d: jax.Array = jaxpr_as_fun(call)(*operands)[0]
+            return d
+
+        several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
+        function = split if several else here
+        return mlir.lower_fun(function, multiple_results=False)(context, *operands)
+
+    mlir.register_lowering(partitioned, lower)
 
     if batching_rule is not None:
         rule = batching_rule

@@ -74,11 +74,20 @@ class TestShapes:
 
     def test_named_sets(self) -> None:
         sizes = {name: len(parse_shapes(name)) for name in NAMED_SHAPES}
-        assert sizes == {"seed": 28, "dense": 18, "grouped": 10, "decode": 24, "ragged": 14}
+        deepgemm = {"seed": 28, "dense": 18, "grouped": 10, "decode": 24, "ragged": 14}
+        models = {"deepseek-v3": 40, "qwen3-moe": 20, "kimi-k2": 30, "glm": 25, "training": 23}
+        assert sizes == deepgemm | models
         assert parse_shapes("dense,grouped") == NAMED_SHAPES["seed"]
         contiguous = {shape for shape in NAMED_SHAPES["grouped"] if shape.op == "contiguous"}
         assert {shape._replace(op="ragged") for shape in contiguous} < set(NAMED_SHAPES["ragged"])
         assert parse_shapes("seed,64x2112x7168") == NAMED_SHAPES["seed"], "each shape once"
+
+    def test_experts_of_a_model(self) -> None:
+        # One token busies 8 experts, 256 tokens give each of 384 five rows.
+        assert Shape("ragged", 8, 1, 4096, 7168) in NAMED_SHAPES["kimi-k2"]
+        assert Shape("ragged", 384, 5, 7168, 2048) in NAMED_SHAPES["kimi-k2"]
+        # 8 x 8192 tokens of 8 experts each: 4096 rows for each of 128, of which a device has 16.
+        assert Shape("ragged", 16, 4096, 3072, 4096) in NAMED_SHAPES["training"]
 
     @pytest.mark.parametrize("shape", sorted({*itertools.chain(*NAMED_SHAPES.values())}), ids=str)
     def test_notation(self, shape: Shape) -> None:

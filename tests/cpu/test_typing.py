@@ -87,7 +87,7 @@ def test_a_users_file_type_checks(tmp_path: pathlib.Path) -> None:
     done = check(USERS_FILE, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     quantized, product = (line for line in done.stdout.splitlines() if "Revealed" in line)
-    assert "jax_deepgemm.quantize.Quantized" in quantized
+    assert "jax_deepgemm.quantized_array.QuantizedArray" in quantized
     assert product.endswith('.Array"')
 
 
