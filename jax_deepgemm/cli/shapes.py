@@ -156,9 +156,11 @@ NAMED_SHAPES = {
     ),
     **{name: model.decode(*DECODE_TOKENS) for name, model in MODELS.items()},
     "training": tuple(
-        shape
-        for model in MODELS.values()
-        for shape in model.training(TRAINING_TOKENS, TRAINING_DEVICES)
+        dict.fromkeys(  # models share some
+            shape
+            for model in MODELS.values()
+            for shape in model.training(TRAINING_TOKENS, TRAINING_DEVICES)
+        )
     ),
 }
 

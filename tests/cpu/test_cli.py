@@ -75,7 +75,7 @@ class TestShapes:
     def test_named_sets(self) -> None:
         sizes = {name: len(parse_shapes(name)) for name in NAMED_SHAPES}
         deepgemm = {"seed": 28, "dense": 18, "grouped": 10, "decode": 24, "ragged": 14}
-        models = {"deepseek-v3": 40, "qwen3-moe": 20, "kimi-k2": 30, "glm": 25, "training": 23}
+        models = {"deepseek-v3": 40, "qwen3-moe": 20, "kimi-k2": 30, "glm": 25, "training": 22}
         assert sizes == deepgemm | models
         assert parse_shapes("dense,grouped") == NAMED_SHAPES["seed"]
         contiguous = {shape for shape in NAMED_SHAPES["grouped"] if shape.op == "contiguous"}
