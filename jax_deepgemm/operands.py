@@ -67,7 +67,7 @@ def check_array(
     A name that `sizes` knows wants that size; another one is added to it, with the array's size.
     """
     wanted = [sizes.get(name) for name in names]
-    right_dtype = array.dtype.name in dtypes
+    right_dtype = any(array.dtype == np.dtype(dtype) for dtype in dtypes)
     right_shape = len(array.shape) == len(names) and all(
         want is None or size == want for size, want in zip(array.shape, wanted, strict=True)
     )

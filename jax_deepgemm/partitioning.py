@@ -11,6 +11,7 @@ Weights stay where they are wherever that is possible: see `automatic_plan`.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
+from jax_deepgemm._version import __version__
+from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import no_mesh
 from jax_deepgemm.reference import BLOCK
 
@@ -267,11 +271,11 @@ def _sum_of_one(d: jax.Array, axes: Axes) -> jax.Array:
     Two values at a time, as an integer: no sign of a zero and no NaN is lost, it takes no more
     than the bytes of d, and XLA's CPU compiler aborts on some sums of bfloat16.
     """
-    if d.shape[-1] % 2:
-        whole: jax.Array = lax.psum(d.astype(jnp.float32), axes).astype(d.dtype)
-        return whole
-    pairs = lax.bitcast_convert_type(d.reshape(*d.shape[:-1], -1, 2), jnp.uint32)
-    return lax.bitcast_convert_type(lax.psum(pairs, axes), d.dtype).reshape(d.shape)
+    *rows, n = d.shape
+    even = jnp.pad(d, [(0, 0)] * len(rows) + [(0, 1)]) if n % 2 else d
+    pairs = lax.bitcast_convert_type(even.reshape(*rows, -1, 2), jnp.uint32)
+    total = lax.bitcast_convert_type(lax.psum(pairs, axes), d.dtype).reshape(even.shape)
+    return total[..., :n]
 
 
 def _place(
@@ -328,16 +332,20 @@ class Partitioning(NamedTuple):
         def whole(*operands: jax.Array) -> jax.Array:
             return bind(*operands[:-1], **parameters)
 
-        def plan_for(arguments: Sequence[Any], result: Any) -> tuple[Mesh, dict[str, Axes]]:
-            mesh = _mesh_of(arguments)
-            specs = [_spec_of(argument) for argument in arguments[:-1]]
+        def plan_for(
+            mesh: Mesh, arguments: Sequence[Any], result: Any
+        ) -> tuple[Mesh, dict[str, Axes]]:
+            if mesh.empty:
+                devices = sorted(arguments[0].sharding.device_set, key=lambda device: device.id)
+                mesh = Mesh(np.array(devices), ("devices",))
+            specs = [spec_on(mesh, argument) for argument in arguments[:-1]]
             plan = automatic_plan(
-                self.dimensions, specs, _spec_of(result), sizes, mesh.shape, self.m_unit
+                self.dimensions, specs, spec_on(mesh, result), sizes, mesh.shape, self.m_unit
             )
             return mesh, plan
 
-        def partition(_mesh: Any, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
-            mesh, plan = plan_for(arguments, result)
+        def partition(mesh: Mesh, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
+            mesh, plan = plan_for(mesh, arguments, result)
 
             def part(*operands: jax.Array) -> jax.Array:
                 with no_mesh():
@@ -357,21 +365,23 @@ class Partitioning(NamedTuple):
             d_sharding = NamedSharding(mesh, result_spec(self.dimensions, plan))
             return mesh, part, d_sharding, arg_shardings
 
-        def infer(_mesh: Any, arguments: Sequence[Any], result: Any) -> NamedSharding:
-            mesh, plan = plan_for(arguments, result)
+        def infer(mesh: Mesh, arguments: Sequence[Any], result: Any) -> NamedSharding:
+            mesh, plan = plan_for(mesh, arguments, result)
             return NamedSharding(mesh, result_spec(self.dimensions, plan))
 
         call = custom_partitioning(whole)
         call.def_partition(
             partition,
             infer_sharding_from_operands=infer,
+            decode_shardings=False,  # JAX raises for what XLA may choose: see spec_on
             sharding_rule=self._sharding_rule(),
             reduction_factors=("k", *("g" for _ in "g" if self.dimensions.sums_groups)),
         )
         # All that XLA's module says of the call, beside shapes, is the number of a callback. JAX's
         # persistent cache may take that for equal, and may be told to ignore it: this constant
-        # makes calls that differ differ there, too. No device's program has it.
-        what = f"{self.function} {sorted(parameters.items())}"
+        # makes calls that differ differ there, too, and those of different releases. No device's
+        # program has it.
+        what = f"{__version__} {_native.GEMM_TARGET} {self.function} {sorted(parameters.items())}"
         tag = np.frombuffer(what.encode(), np.uint8)
         return lambda *operands: call(*operands, tag)
 
@@ -456,18 +466,39 @@ def _replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _mesh_of(arguments: Sequence[Any]) -> Mesh:
-    """The mesh that XLA's shardings were decoded for; without one, the devices in a row."""
-    for argument in arguments:
-        if isinstance(argument.sharding, NamedSharding):
-            mesh = argument.sharding.mesh
-            assert isinstance(mesh, Mesh)
-            return mesh
-    devices = sorted(arguments[0].sharding.device_set, key=lambda device: device.id)
-    return Mesh(np.array(devices), ("devices",))
+def spec_on(mesh: Mesh, argument: Any) -> PartitionSpec:
+    """How XLA splits an argument, by the mesh's axes.
 
-
-def _spec_of(argument: Any) -> PartitionSpec:
-    """The argument's PartitionSpec; one that says nothing where XLA's sharding has no names."""
+    A dimension that no whole axes split counts as one that is not split: XLA may choose a part of
+    an axis, after a reshape for example, and moves the argument to where the plan wants it.
+    """
     sharding = getattr(argument, "sharding", None)
-    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    if sharding is None:
+        return PartitionSpec()
+    if isinstance(sharding, NamedSharding):  # a result of which nothing is known
+        return sharding.spec
+    count, ndim = mesh.devices.size, len(argument.shape)
+    # Of sizes that any split divides.
+    indices = sharding.devices_indices_map((count,) * ndim)
+    starts = np.array(
+        [[part.start or 0 for part in indices[device]] for device in mesh.devices.flat], int
+    ).reshape(*mesh.devices.shape, ndim)
+    return PartitionSpec(*(_axes_of(mesh, starts[..., i]) for i in range(ndim)))
+
+
+def _axes_of(mesh: Mesh, starts: NDArray[np.int_]) -> Axes:
+    """The axes, major first, that split a dimension whose parts begin at `starts`, by device."""
+    shards = len(np.unique(starts))
+    part = starts // (mesh.devices.size // shards)
+    for length in range(mesh.devices.ndim + 1):
+        for axes in itertools.permutations(range(mesh.devices.ndim), length):
+            sizes = [mesh.devices.shape[axis] for axis in axes]
+            if 1 in sizes or math.prod(sizes) != shards:
+                continue
+            position = np.zeros(mesh.devices.shape, int)
+            for axis, size in zip(axes, sizes, strict=True):
+                along = np.arange(size).reshape([-1 if i == axis else 1 for i in range(part.ndim)])
+                position = position * size + along
+            if np.array_equal(position, part):
+                return tuple(mesh.axis_names[axis] for axis in axes)
+    return ()

@@ -71,9 +71,8 @@ constexpr Member kMembers[] = {
 };
 
 // The struct "problem". A member that is not known came from a newer release, and may change what
-// is computed: it is refused.
-GemmAttributes ReadAttributes(const xffi::Dictionary& problem) {
-  GemmAttributes attributes = {};
+// is computed: it is refused. Fills `attributes` in order, so that an error can name the operation.
+void ReadAttributes(const xffi::Dictionary& problem, GemmAttributes& attributes) {
   for (const Member& member : kMembers) {
     if (!problem.contains(member.name)) {
       if (!member.required) continue;
@@ -94,7 +93,6 @@ GemmAttributes ReadAttributes(const xffi::Dictionary& problem) {
                       ": the program was exported by a newer jax_deepgemm than this one");
     }
   }
-  return attributes;
 }
 
 // What one kind of device runs: its SM count decides.
@@ -243,7 +241,8 @@ xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(xffi::Dictionary problem) 
   std::unique_ptr<GemmState> state;
   GemmAttributes attributes = {};
   const xffi::Error status = Guarded(attributes, [&] {
-    attributes = ReadAttributes(problem);
+    ReadAttributes(problem, attributes);
+    ToGrouping(attributes.op);
     const jit::Driver& driver = jit::GetDriver();
     state = std::make_unique<GemmState>(attributes, driver);
     // Compile now, where an error is the user's compile error.

@@ -1,5 +1,6 @@
 #include "csrc/ffi/plan.h"
 
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -40,6 +41,9 @@ std::shared_ptr<jit::Kernel> GetGemmKernel(const GemmProblem& problem, const Gem
   auto made = std::make_shared<jit::Kernel>(std::move(cubin), config.smem().total_bytes(),
                                             config.threads(), config.cluster_size());
   const std::lock_guard<std::mutex> lock(*mutex);
+  for (auto entry = kernels->begin(); entry != kernels->end();) {
+    entry = entry->second.expired() ? kernels->erase(entry) : std::next(entry);
+  }
   std::weak_ptr<jit::Kernel>& slot = (*kernels)[name];
   if (std::shared_ptr<jit::Kernel> kernel = slot.lock()) return kernel;  // another thread's
   slot = made;

@@ -64,8 +64,8 @@ Kernel::Kernel(std::shared_ptr<const Cubin> cubin, int smem_bytes, int threads, 
 Kernel::~Kernel() {
   if (library_ == nullptr) return;
   // While the process ends, the driver may be gone, and with it the library.
-  driver_->cuLibraryUnload(library_);
-  --loaded_libraries;
+  const CUresult result = driver_->cuLibraryUnload(library_);
+  if (result == CUDA_SUCCESS || result == CUDA_ERROR_DEINITIALIZED) --loaded_libraries;
 }
 
 void Kernel::Prepare(int device) {

@@ -18,6 +18,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jax_deepgemm
+from jax_deepgemm.ffi import _native
 from jax_deepgemm.partitioning import Dimensions, automatic_plan, dimension_sizes, spec_axes
 from tests import grouped_cases, numerics
 from tests.lowering import cuda_calls, cuda_text, problem_of
@@ -102,6 +103,59 @@ def make(op: str, rows: int, n: int, k: int, groups: int = 8) -> Case:
         lambda *operands: grouped_cases.call(op, *operands),
     )
 
+
+# --- Parts of an axis ----------------------------------------------------------------------------
+#
+# XLA splits a dimension over a part of a mesh axis where a reshape leaves less of it.
+
+
+def test_experts_fewer_than_devices() -> None:
+    groups, max_m, n, k = 4, 32, 128, 256
+    operands = numerics.grouped_operands((groups, max_m), groups, n, k, seed=3)
+    counts = np.full(groups, max_m, np.int32)
+
+    def masked(a: Any, sfa: Any, b: Any, sfb: Any, counts: Any) -> jax.Array:
+        a, sfa = a.reshape(groups, max_m, k), sfa.reshape(groups, max_m, -1)
+        return grouped_cases.call("masked", a, sfa, b, sfb, counts)
+
+    rows = NamedSharding(mesh_of(x=8), P("x"))
+    a, sfa, b, sfb = operands
+    split = [jax.device_put(x.reshape(groups * max_m, -1), rows) for x in (a, sfa)]
+    d = jax.jit(masked)(*split, b, sfb, counts)
+    assert numerics.error(d, numerics.masked_oracle(operands, counts)) < numerics.BF16_TOLERANCE
+
+
+def test_heads_fewer_than_devices() -> None:
+    operands = numerics.dense_operands(16, 512, 256, seed=3)
+    weights = numerics.dense_operands(8, 128, 128, seed=4)
+
+    def heads(a: Any, sfa: Any, b: Any, sfb: Any) -> jax.Array:
+        d = jax_deepgemm.gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb)).reshape(64, 128)
+        lhs = jax_deepgemm.quantize_per_token(d)
+        return jax_deepgemm.gemm_fp8_fp8_bf16_nt(lhs, (weights.b, weights.sfb))
+
+    a, sfa, b, sfb = operands
+    columns = NamedSharding(mesh_of(x=8), P("x"))
+    alone = jax.jit(heads)(*operands)
+    d = jax.jit(heads)(a, sfa, jax.device_put(b, columns), sfb)
+    np.testing.assert_array_equal(d.astype(np.float32), alone.astype(np.float32))
+
+
+def test_a_slice_of_split_rows() -> None:
+    operands = numerics.dense_operands(4, 128, 256, seed=3)
+
+    def sliced(a: Any, sfa: Any, b: Any, sfb: Any) -> jax.Array:
+        lhs = (a.reshape(4, 16, -1)[:, 0], sfa.reshape(4, 16, -1)[:, 0])
+        return jax_deepgemm.gemm_fp8_fp8_bf16_nt(lhs, (b, sfb))
+
+    rows = NamedSharding(mesh_of(x=8), P("x"))
+    a, sfa, b, sfb = operands
+    split = [jax.device_put(np.repeat(x, 16, axis=0), rows) for x in (a, sfa)]
+    d = jax.jit(sliced)(*split, b, sfb)
+    assert numerics.error(d, numerics.dense_oracle(operands)) < numerics.BF16_TOLERANCE
+
+
+# --- Communication -------------------------------------------------------------------------------
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
@@ -256,9 +310,15 @@ def test_plans_keep_weights_in_place(op: str) -> None:
 
 def test_sum_over_groups_is_exact() -> None:
     case = make("ragged", 200, 256, 256)
+    case.operands[1][3, 0] = np.nan
+    case.operands[0][5] = -0.0
     whole = jax.jit(case.function)(*case.operands)
-    split = jax.jit(case.function)(*case.put(mesh_of(x=8), {"g": "x"}))
-    np.testing.assert_array_equal(np.asarray(whole), np.asarray(split))
+    shards = case.put(mesh_of(x=8), {"g": "x"})
+    split = jax.jit(case.function)(*shards)
+    np.testing.assert_array_equal(*(np.asarray(d).view(np.uint16) for d in (whole, split)))
+    text = jax.jit(case.function).lower(*shards).compile().as_text()
+    assert text is not None
+    assert re.search(r"u32\[200,128\]\S* all-reduce", text), "more bytes than the result has"
 
 
 @pytest.mark.parametrize("offset", [-3, 0, 2, 2**31 - 1, -(2**31)])
@@ -358,6 +418,9 @@ def test_vmap_of_split_operands(op: str) -> None:
     d = function(*batched)
     case.check(d[0])
     case.check(d[1])
+    *_, columns = d.sharding.spec
+    assert columns == "x"
+    assert "all-gather" not in collectives(function, *batched)
 
 
 def test_vmap_of_a_split_batch_stays_split() -> None:
@@ -407,13 +470,22 @@ def test_equal_calls_are_one_call() -> None:
 def test_the_older_partitioner() -> None:
     """GSPMD, which a flag of JAX brings back, asks another function."""
     case = make("dense", 64, 256, 256)
+    before = jax.config.jax_use_shardy_partitioner
     jax.config.update("jax_use_shardy_partitioner", False)
     try:
         d = jax.jit(case.function)(*case.put(mesh_of(x=4), {"m": "x"}))
         case.check(d)
         assert d.sharding.is_equivalent_to(NamedSharding(d.sharding.mesh, P("x")), 2)
     finally:
-        jax.config.update("jax_use_shardy_partitioner", True)
+        jax.config.update("jax_use_shardy_partitioner", before)
+
+
+def test_module_names_release_and_target() -> None:
+    """Or the persistent cache would take another release's program for this one's."""
+    case = make("dense", 64, 256, 256)
+    text = jax.jit(case.function).lower(*case.put(mesh_of(x=4), {"m": "x"})).as_text()
+    what = f"{jax_deepgemm.__version__} {_native.GEMM_TARGET} gemm_fp8_fp8_bf16_nt "
+    assert what.encode().hex().upper() in text
 
 
 # --- Explicit meshes -----------------------------------------------------------------------------

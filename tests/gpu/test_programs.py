@@ -86,9 +86,9 @@ def test_graph_is_recorded_again_when_buffers_move() -> None:
     assert recorded[0] + recorded[1] >= 12, "the graph was replayed with the old buffers"
     assert recorded[-1] == 0
     want = support.bits(jax.jit(model).lower(moved, copies).compile(NO_CUDA_GRAPHS)(moved, copies))
-    assert support.bits(program(moved, copies)) == want
-    # Back again, while the results of both are alive.
-    assert support.bits(program(x, layers)) == expected[0]
+    # Back and forth, while all results are alive, so that they too lie elsewhere.
+    alive = [program(moved, copies), program(x, layers), program(moved, copies)]
+    assert [support.bits(d) for d in alive] == [want, expected[0], want]
 
 
 def test_graph_after_other_programs_have_evicted_it() -> None:
@@ -223,6 +223,19 @@ def test_clear_caches_frees_the_modules() -> None:
     held(*operands)
     assert free() == before + 1
     assert support.bits(held(*operands)) == expected
+
+
+def test_kernels_outlive_what_is_queued() -> None:
+    """A program that is dropped while its runs wait has their kernels until they are over."""
+    x, layers = model_operands(60, support.SEED)
+    for options in (NO_CUDA_GRAPHS, {}):
+        program = jax.jit(model).lower(x, layers).compile(options)
+        want = support.bits(program(x, layers))
+        results = [program(x, layers) for _ in range(50)]
+        del program
+        jax.clear_caches()
+        gc.collect()
+        assert {support.bits(d) for d in results} == {want}
 
 
 def test_error_of_a_run_comes_by_the_time_it_is_waited_for() -> None:
