@@ -30,6 +30,8 @@ def integer(function: str, argument: str, value: Any, *, bits: int) -> int:
 
 def is_array(value: Any) -> bool:
     """Whether value is an array of JAX or NumPy, or a tracer of one; numbers and lists are none."""
+    if isinstance(value, tuple):  # a QuantizedArray has both, too
+        return False
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 

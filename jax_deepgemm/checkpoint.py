@@ -64,10 +64,17 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 class _Tensor(NamedTuple):
     """A tensor of a file, not read yet."""
 
-    dtype: np.dtype[Any]
+    known_dtype: np.dtype[Any] | None  # None: a type that NumPy has no word for
+    type_name: str
     shape: tuple[int, ...]
     file: Path
     offset: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        if self.known_dtype is None:
+            raise TypeError(f"Checkpoint: {self.file} has a tensor of type {self.type_name}")
+        return self.known_dtype
 
 
 class Checkpoint:
@@ -186,6 +193,8 @@ class Checkpoint:
                 what scale_format says.
         """
         names = [name] if isinstance(name, str) else list(name)
+        if not names:
+            raise ValueError("Checkpoint.load_quantized: name must not be empty")
         return self._load("Checkpoint.load_quantized", [names], sharding, scale_format, False)
 
     def load_experts(
@@ -213,6 +222,12 @@ class Checkpoint:
             KeyError, TypeError, ValueError: as for `load_quantized`.
         """
         templates = [name] if isinstance(name, str) else list(name)
+        for template in templates:
+            if template.format(0) == template.format(1):
+                raise ValueError(
+                    f'Checkpoint.load_experts: name must have "{{}}" for the expert\'s number, '
+                    f"got {template!r}"
+                )
         groups = [[template.format(expert) for template in templates] for expert in experts]
         if not groups:
             raise ValueError("Checkpoint.load_experts: experts must not be empty")
@@ -414,6 +429,8 @@ def save_checkpoint(
     files: list[dict[str, Array]] = [{}]
     room = max_file_bytes
     for name, array in _flatten(function, tensors, scale_format):
+        if any(name in part for part in files):
+            raise ValueError(f"{function}: two tensors would have the name {name}")
         if array.nbytes > room and files[-1]:
             files.append({})
             room = max_file_bytes
@@ -426,7 +443,7 @@ def save_checkpoint(
         weight_map |= dict.fromkeys(part, file.name)
     total = sum(array.nbytes for part in files for array in part.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _flatten(
@@ -443,21 +460,22 @@ def _flatten(
                 f"{function}: {name} must be float8_e4m3fn with float32 scales, "
                 f"got {values.dtype} with {scales.dtype}"
             )
-        rows = values.shape[-2]
-        if block_shape(function, values, scales)[0] != BLOCK and rows != 1:
-            raise ValueError(f"{function}: {name} must have 128 x 128 blocks, got 1 x 128")
         if (values.ndim == 3) != ("{}" in name) or values.ndim not in (2, 3):
             raise ValueError(
                 f"{function}: {name} must have two dimensions, or three and {{}} in its name, "
                 f"got {list(values.shape)}"
             )
+        rows = values.shape[-2]
+        if block_shape(function, values, scales)[0] != BLOCK and rows != 1:
+            raise ValueError(f"{function}: {name} must have 128 x 128 blocks, got 1 x 128")
         if scale_format == "ue8m0":
             scales = to_ue8m0_scales(scales)
         if values.ndim == 2:
             values, scales = values[None], scales[None]
         for expert, (value, scale) in enumerate(zip(values, scales, strict=True)):
-            yield name.format(expert) + WEIGHT, value
-            yield name.format(expert) + SCALE, scale
+            whole = name.format(expert) if "{}" in name else name
+            yield whole + WEIGHT, value
+            yield whole + SCALE, scale
 
 
 def _are_powers_of_two(scales: Array) -> bool:
@@ -501,7 +519,10 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / INDEX).is_file():
-        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"Checkpoint: {path / INDEX} has no weight_map")
         return [path / name for name in dict.fromkeys(weight_map.values())]
     files = sorted(path.glob("*.safetensors"))
     if not files:
@@ -518,21 +539,47 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Tensor]]:
         if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
             raise ValueError(f"Checkpoint: {file} is no safetensors file: its header does not fit")
         try:
-            header = json.loads(opened.read(header_bytes))
+            header = json.loads(opened.read(header_bytes), object_pairs_hook=_without_duplicates)
         except ValueError as error:
             raise ValueError(f"Checkpoint: {file} is no safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"Checkpoint: {file} is no safetensors file: its header is no object")
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _TYPES:
-            raise ValueError(f"Checkpoint: {name} in {file} has the unknown type {entry['dtype']}")
-        dtype = np.dtype(_TYPES[entry["dtype"]])
-        shape = tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        offset = 8 + header_bytes + begin
-        if end - begin != math.prod(shape) * dtype.itemsize or offset + end - begin > size:
+        type_name, shape, begin, end = _read_entry(file, name, entry)
+        if begin > end or 8 + header_bytes + end > size:
             raise ValueError(f"Checkpoint: the bytes of {name} do not fit into {file}")
-        yield name, _Tensor(dtype, shape, file, offset)
+        dtype = None
+        if type_name in _TYPES:
+            dtype = np.dtype(_TYPES[type_name])
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"Checkpoint: the bytes of {name} do not fit into {file}")
+        yield name, _Tensor(dtype, type_name, shape, file, 8 + header_bytes + begin)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return dict(pairs)
+
+
+def _read_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """A tensor's type, shape and first and last byte, of a header that may hold anything."""
+    fields = entry if isinstance(entry, dict) else {}
+    type_name, shape = fields.get("dtype"), fields.get("shape")
+    offsets = fields.get("data_offsets")
+    if (
+        isinstance(type_name, str)
+        and isinstance(shape, list)
+        and isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+    ):
+        return type_name, tuple(shape), offsets[0], offsets[1]
+    raise ValueError(
+        f"Checkpoint: {file} is no safetensors file: {name} must have dtype, shape and data_offsets"
+    )
 
 
 def _write_file(file: Path, tensors: Mapping[str, Array]) -> None:

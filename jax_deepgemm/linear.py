@@ -1,5 +1,6 @@
 """A linear layer for inference: bfloat16 in, FP8 in between, bfloat16 out."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
     """Returns x @ dequantize(weight).T + bias, x quantised on the way, for any leading dimensions.
 
     x is cast by `quantize_per_token`, the product is `gemm_fp8_fp8_bf16_nt`; on a GPU these are two
-    kernels with nothing between them. The bias is added in float32 to the product, which is
+    kernels, with nothing between them if the rows of x are a multiple of 4 and a small copy of
+    scales otherwise. The bias is added in float32 to the product, which is
     bfloat16, and rounded again.
 
     Args:
@@ -33,12 +35,14 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
         ValueError: x has no dimension, or an array has the wrong shape. Messages name the function
             that refuses, the argument, what was expected and what came.
     """
+    if isinstance(x, tuple):
+        raise TypeError(f"linear: x must be an array, got {type(x).__name__}")
     x = jnp.asarray(x)
     if x.ndim < 1:
         raise ValueError(f"linear: x must be [..., k], got {describe(x)}")
     *batch, k = x.shape
     # One matrix: tokens do not know of each other.
-    d = gemm_fp8_fp8_bf16_nt(quantize_per_token(x.reshape(-1, k)), weight)
+    d = gemm_fp8_fp8_bf16_nt(quantize_per_token(x.reshape(math.prod(batch), k)), weight)
     n = d.shape[-1]
     if bias is not None:
         if not is_array(bias):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_deepgemm.arguments import boolean
 from jax_deepgemm.operands import check_integers, check_static
 from jax_deepgemm.quantize_call import OUTPUT_TYPES, bind
 from jax_deepgemm.quantized_array import QuantizedArray
@@ -67,8 +68,9 @@ def quantize_per_token(
             with masked_m.
 
     Returns:
-        QuantizedArray(dtype[..., m, k], float32[..., m, ceil(k/128)]). On a GPU the scales lie in
-        memory as GEMMs read them, m contiguous.
+        QuantizedArray(dtype[..., m, k], float32[..., m, ceil(k/128)]). In one jitted program on a
+        GPU the scales lie in memory as a GEMM reads them, m contiguous, and nothing stands between
+        the two kernels if m is a multiple of 4. Results of a program lie row by row.
 
     Raises:
         TypeError: x, dtype, masked_m or group_sizes is of another type
@@ -183,8 +185,9 @@ def silu_mul_quantize(
     gate is x[..., :f] and up x[..., f:], as one GEMM with the weights of both returns them; silu(g)
     is g / (1 + exp(-g)). The product is computed in float32, not rounded to x's type in between,
     with a relative error of about 2**-22 * (1 + |gate|), by the same steps and to the same bits on
-    every backend (`quantize_reference.silu_mul`). Finite numbers whose product float32 cannot hold
-    give its largest number.
+    every backend (`quantize_reference.silu_mul`). exp counts as zero below 2**-125, and so does the
+    product for gates below about -86. Finite numbers whose product float32 cannot hold give its
+    largest number.
 
     Args:
         x: bfloat16, float16, float32 or float64 [..., m, 2f]; float64 is rounded to float32 first.
@@ -217,6 +220,8 @@ def silu_mul_quantize(
 
 def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
     """Returns x as an array of at most 32 bits, or raises in the name of `function`."""
+    if isinstance(x, tuple):
+        raise TypeError(f"{function}: x must be an array, got {type(x).__name__}")
     array = jnp.asarray(x)
     expected = f"{', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
     message = f"{function}: x must be {expected}, got {array.dtype}{list(array.shape)}"
@@ -238,7 +243,10 @@ def _options(function: str, dtype: DTypeLike, power_of_two: bool) -> dict[str, A
         ) from error
     if output.name not in OUTPUT_TYPES:
         raise TypeError(f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {output.name}")
-    return {"dtype": output, "power_of_two": bool(power_of_two)}
+    return {
+        "dtype": output,
+        "power_of_two": boolean(function, "power_of_two", power_of_two),
+    }
 
 
 def _sizes(

@@ -5,7 +5,8 @@ In a program that `jax.jit` spreads over several GPUs the reference takes the cu
 One custom-call target serves all of them: x as a matrix, then, where only some rows count, the
 sizes that say which; a struct of integers says what to do. csrc/ffi/quantize_handlers.cc is the
 other side. Scales of tokens leave it m-contiguous and padded to 16 bytes, as GEMMs read them
-(`custom_call._pad_rows`), so that nothing stands between the two kernels.
+(`custom_call._pad_rows`), so that nothing stands between the two kernels where rows are a multiple
+of 4; for others XLA cuts the padding off and makes it anew.
 """
 
 import functools
@@ -16,12 +17,14 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
+from jax_deepgemm.ffi.primitive import no_mesh
 from jax_deepgemm.layout import get_tma_aligned_size
 from jax_deepgemm.reference import BLOCK
 
@@ -36,9 +39,6 @@ OPS = (
     "quantize_per_token_both",
     "silu_mul_quantize",
 )
-# Operations for which XLA's own fusion of the jnp version does as well on a GPU, by measurement
-# (`bench --quantize`). It would not be to the bit the same as on other backends.
-LEFT_TO_XLA: frozenset[str] = frozenset()
 INPUT_TYPES = ("bfloat16", "float16", "float32")
 OUTPUT_TYPES = ("float8_e4m3fn", "float8_e5m2")
 
@@ -106,6 +106,13 @@ def _is_transposed(op: str, index: int) -> bool:
     return op == "quantize_per_token_transposed" or (op == "quantize_per_token_both" and index > 1)
 
 
+def _splits_blocks(mesh: Any, axes: Any, size: int, blocks: int) -> bool:
+    """Whether a dimension of values, split over mesh axes, has whole blocks in every part."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    part = size // math.prod(mesh.shape[name] for name in names)
+    return size == blocks or part == size or part % BLOCK == 0
+
+
 def _varying(avals: Sequence[Any]) -> frozenset[str]:
     """The manual mesh axes over which any of the operands varies."""
     return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
@@ -123,7 +130,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
     reference = getattr(quantize_reference, op)
 
     def abstract_eval(x: Any, *sizes: Any, dtype: Any, power_of_two: bool) -> list[Any]:
-        results = []
+        results: list[Any] = []
         for index, shape in enumerate(result_shapes(op, x.shape)):
             changes: dict[str, Any] = {
                 "shape": shape,
@@ -136,6 +143,12 @@ def _declare(op: str) -> Callable[..., Arrays]:
                 spec = [*x.sharding.spec, *[None] * (len(shape) - len(x.sharding.spec))]
                 if _is_transposed(op, index):
                     spec[-2:] = spec[:-3:-1]
+                if index % 2:
+                    values = results[-1].shape
+                    spec = [
+                        axes if _splits_blocks(x.sharding.mesh, axes, size, blocks) else None
+                        for axes, size, blocks in zip(spec, values, shape, strict=True)
+                    ]
                 changes["sharding"] = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
                 changes["manual_axis_type"] = ManualAxisType(varying=_varying((x, *sizes)))
             results.append(x.update(**changes))
@@ -173,8 +186,17 @@ def _declare(op: str) -> Callable[..., Arrays]:
         # and each device would quantise all of it. It partitions the jnp version. Inside
         # `shard_map` operands are shards, and the kernel runs.
         several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
-        function = reference if several or op in LEFT_TO_XLA else call_target
-        return mlir.lower_fun(function, multiple_results=True)(context, *operands, **parameters)
+        if several:
+            return mlir.lower_fun(reference, multiple_results=True)(
+                context, *operands, **parameters
+            )
+        # The program of one device knows no mesh, on which x could not be made a matrix.
+        here = context.replace(
+            avals_in=[ShapedArray(x.shape, x.dtype) for x in context.avals_in],
+            avals_out=[ShapedArray(x.shape, x.dtype) for x in context.avals_out],
+        )
+        with no_mesh():
+            return mlir.lower_fun(call_target, multiple_results=True)(here, *operands, **parameters)
 
     mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True), "cpu")
     mlir.register_lowering(primitive, cuda, "cuda")

@@ -1,9 +1,11 @@
 """The pair of FP8 values and scales that quantisers return and every operation takes."""
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
@@ -11,6 +13,8 @@ from jax.typing import DTypeLike
 from jax_deepgemm import reference
 from jax_deepgemm.arguments import is_array
 from jax_deepgemm.reference import BLOCK
+
+_NO_ARITHMETIC = "a QuantizedArray has no arithmetic: call its dequantize() first"
 
 
 class QuantizedArray(NamedTuple):
@@ -51,7 +55,7 @@ class QuantizedArray(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the values and of the scales."""
-        return self.values.nbytes + self.scales.nbytes
+        return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in self)
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -61,6 +65,16 @@ class QuantizedArray(NamedTuple):
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Returns values * scales; see `dequantize`."""
         return dequantize(self, dtype)
+
+    # A tuple's operators would join and repeat the pair.
+    def __add__(self, other: Any) -> NoReturn:
+        raise TypeError(_NO_ARITHMETIC)
+
+    def __mul__(self, other: Any) -> NoReturn:
+        raise TypeError(_NO_ARITHMETIC)
+
+    def __rmul__(self, other: Any) -> NoReturn:
+        raise TypeError(_NO_ARITHMETIC)
 
 
 # Exported functions that take or return one can be saved. The name is the class' first one: it
@@ -154,4 +168,7 @@ def quantized_sharding(
                 f"quantized_sharding: shards of {name} must be a multiple of {block}, or a block "
                 f"would lie on two devices, got {local[axis]} of {shape[axis]} ({sharding.spec})"
             )
-    return QuantizedArray(sharding, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec)))  # type: ignore[arg-type]
+    scales = NamedSharding(
+        sharding.mesh, PartitionSpec(*sharding.spec), memory_kind=sharding.memory_kind
+    )
+    return QuantizedArray(sharding, scales)  # type: ignore[arg-type]

@@ -383,6 +383,66 @@ def test_damaged_files(tmp_path: pathlib.Path, content: bytes) -> None:
         Checkpoint(file)
 
 
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        '{"x": 1}',
+        json.dumps({"x": GOOD | {"data_offsets": [-8, 0]}}),
+        json.dumps({"x": GOOD | {"shape": [-1, -2]}}),
+        json.dumps({"x": GOOD | {"shape": [2.0]}}),
+        json.dumps({"x": GOOD | {"shape": 2}}),
+        json.dumps({"x": {"shape": [2], "data_offsets": [0, 8]}}),
+        f'{{"x": {json.dumps(GOOD)}, "x": {json.dumps(GOOD)}}}',
+    ],
+)
+def test_headers_that_are_wrong(tmp_path: pathlib.Path, header: str) -> None:
+    file = tmp_path / "m.safetensors"
+    text = header.encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"12345678")
+    with pytest.raises(ValueError, match=r"m.safetensors is no safetensors file"):
+        Checkpoint(file)
+
+
+def test_a_type_that_is_not_known_hides_no_other(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "m.safetensors"
+    exotic = {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}
+    text = json.dumps({"x": exotic, "y": GOOD | {"data_offsets": [8, 16]}}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with Checkpoint(file) as opened:
+        assert opened.names == ("x", "y")
+        np.testing.assert_array_equal(opened.read("y"), np.zeros(2, np.float32))
+        with pytest.raises(TypeError, match="has a tensor of type F4"):
+            opened.read("x")
+
+
+def test_index_without_a_map(tmp_path: pathlib.Path) -> None:
+    (tmp_path / checkpoint.INDEX).write_text("[]")
+    with pytest.raises(ValueError, match="has no weight_map"):
+        Checkpoint(tmp_path)
+
+
+def test_experts_need_a_place_for_their_number(tmp_path: pathlib.Path) -> None:
+    save_checkpoint(tmp_path, two_layers())
+    with Checkpoint(tmp_path) as opened:
+        with pytest.raises(ValueError, match=r'name must have "\{\}" for the expert'):
+            opened.load_experts(["e.{}", "w"], [0, 1])
+        with pytest.raises(ValueError, match="name must not be empty"):
+            opened.load_quantized([])
+
+
+def test_writer_refuses_one_name_twice(tmp_path: pathlib.Path) -> None:
+    w = jax_deepgemm.quantize_per_block(np.ones((128, 128), np.float32))
+    with pytest.raises(ValueError, match=r"two tensors would have the name w\.weight"):
+        save_checkpoint(tmp_path, {"w": w, "w.weight": np.ones(3)})
+    save_checkpoint(tmp_path, {"w{x}": w})  # braces of two dimensions mean nothing
+    with Checkpoint(tmp_path) as opened:
+        assert opened.is_quantized("w{x}")
+
+
 def test_truncated_data(tmp_path: pathlib.Path) -> None:
     save_checkpoint(tmp_path, two_layers())
     (file,) = tmp_path.glob("*.safetensors")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm
-from jax_deepgemm import QuantizedArray, quantize_call
+from jax_deepgemm import QuantizedArray
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.quantize_reference import exp_negative, silu_mul
 from tests import quantize_oracle as oracle
@@ -378,9 +378,29 @@ def test_cuda_programs_of_several_devices(op: str) -> None:
     assert call in cuda_text(mapped, sharded)
 
 
-def test_an_operation_can_be_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Sizes of its own: lowered programs are kept.
-    x = jax.ShapeDtypeStruct((3, 7 * 128), "bfloat16")
-    monkeypatch.setattr(quantize_call, "LEFT_TO_XLA", frozenset({"quantize_per_block"}))
-    assert _native.QUANTIZE_TARGET not in cuda_text(lambda x: run("quantize_per_block", x), x)
-    assert _native.QUANTIZE_TARGET in cuda_text(lambda x: run("quantize_per_token", x), x)
+@pytest.mark.parametrize("op", ["quantize_per_token", "quantize_per_block"])
+def test_explicit_mesh_of_one_gpu(op: str) -> None:
+    """Where a reshape to a matrix would need to know how to split it."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
+    x = jax.ShapeDtypeStruct((2, 8, 128), "bfloat16", sharding=NamedSharding(mesh, P(None, "x")))
+    assert f"custom_call @{_native.QUANTIZE_TARGET}(" in cuda_text(lambda x: run(op, x), x)
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "spec", "expected"),
+    [
+        ("quantize_per_block", (512, 512), P("x", None), P(None, None)),
+        ("quantize_per_block", (1024, 512), P("x", None), P("x", None)),
+        ("quantize_per_token", (16, 512), P(None, "x"), P(None, None)),
+        ("quantize_per_token", (16, 512), P("x", None), P("x", None)),
+        ("quantize_per_token_transposed", (512, 64), P("x", None), P(None, None)),
+    ],
+)
+def test_scales_stay_whole_where_shards_cut_blocks(
+    op: str, shape: tuple[int, ...], spec: P, expected: P
+) -> None:
+    devices = jax.devices("cpu")[:8]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,), devices=devices)
+    x = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec))
+    result = jax.eval_shape(getattr(jax_deepgemm, op), x)
+    assert result.scales.sharding.spec == expected

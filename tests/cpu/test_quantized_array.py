@@ -53,6 +53,37 @@ def test_is_a_pair_and_a_pytree() -> None:
     assert jax_deepgemm.Quantized is QuantizedArray
 
 
+def test_arithmetic_is_refused() -> None:
+    """A tuple's would repeat and join the pair."""
+    q = jax_deepgemm.quantize_per_token(np.ones((4, 128), np.float32))
+    for operation in (lambda: q * 2, lambda: 2 * q, lambda: q + q):
+        with pytest.raises(TypeError, match="call its dequantize"):
+            operation()
+
+
+def test_bytes_of_shapes_alone() -> None:
+    x = jax.ShapeDtypeStruct((4, 256), "bfloat16")
+    assert jax.eval_shape(jax_deepgemm.quantize_per_token, x).nbytes == 4 * 256 + 4 * 4 * 2
+
+
+def test_a_pair_is_no_array() -> None:
+    q = jax_deepgemm.quantize_per_token(np.ones((4, 128), np.float32))
+    w = jax_deepgemm.quantize_per_block(np.ones((8, 128), np.float32))
+    for function in (
+        jax_deepgemm.quantize_per_token,
+        jax_deepgemm.silu_mul_quantize,
+        lambda x: jax_deepgemm.Linear(w)(x),
+    ):
+        with pytest.raises(TypeError, match="x must be an array, got QuantizedArray"):
+            function(q)
+
+
+def test_linear_of_no_columns() -> None:
+    w = jax_deepgemm.quantize_per_block(np.ones((8, 128), np.float32))
+    with pytest.raises(ValueError, match="k"):
+        jax_deepgemm.Linear(w)(np.ones((4, 0), np.float32))
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("fp8", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("shape", [(1, 128), (130, 300), (2, 3, 200, 40)], ids=str)
