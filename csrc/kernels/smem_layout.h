@@ -50,7 +50,8 @@ struct SmemLayout {
   // Where its registers do not fit beside the totals, the other warpgroup has to fill the gap.
   constexpr bool overlaps_promotion() const { return (waves() + 2) * warpgroup_n() / 2 <= 192; }
 
-  // Rows of a wave that one CTA stores: with split-k each CTA of the cluster owns a slice.
+  // Rows of a wave that one CTA stores, and the warps that hold them: with split-k each CTA of the
+  // cluster owns a slice.
   constexpr int store_rows() const { return kWgmmaM / cluster_k; }
   constexpr int store_warps() const { return 4 / cluster_k; }
 
