@@ -1,7 +1,7 @@
 """Runs `python -m jax_deepgemm bench`, writing to benchmarks/results/<gpu>.json.
 
-python benchmarks/run.py                                     everything that is published
-python benchmarks/run.py --shapes decode --no-moe --no-chain --sweep    any option of `bench`
+python benchmarks/run.py                       everything that is published
+python benchmarks/run.py --no-moe --iterations 50    any option of `bench`; --no-... leaves out a part
 """
 
 import pathlib
@@ -13,5 +13,5 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    published = ["--shapes", "seed", "ragged", "--moe", "--chain"]
+    published = ["--shapes", "seed", "ragged", "--moe", "--chain", "--quantize"]
     sys.exit(main(["bench", *published, "--output", str(RESULTS), *sys.argv[1:]]))
