@@ -1,7 +1,7 @@
 """Runs `python -m jax_deepgemm bench`, writing to benchmarks/results/<gpu>.json.
 
-python benchmarks/run.py                       everything that is published
-python benchmarks/run.py --no-moe --iterations 50    any option of `bench`; --no-... leaves out a part
+python benchmarks/run.py                   everything that is published
+python benchmarks/run.py --no-moe --sweep    any option of `bench`; --no-... leaves out a part
 """
 
 import pathlib
