@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <initializer_list>
 #include <iterator>
 #include <memory>
@@ -18,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/ffi/guard.h"
 #include "csrc/ffi/plan.h"
 #include "csrc/gemm/config.h"
 #include "csrc/gemm/tensor_maps.h"
@@ -206,35 +206,9 @@ std::string FunctionName(const GemmAttributes& attributes) {
   return grouping == Grouping::kDense ? dense : "m_grouped_" + dense + "_" + GroupingName(grouping);
 }
 
-xffi::Error ToStatus(const GemmAttributes& attributes, const std::exception& exception) {
-  xffi::ErrorCode code = xffi::ErrorCode::kInternal;
-  if (const auto* error = dynamic_cast<const Error*>(&exception)) {
-    switch (error->code()) {
-      case ErrorCode::kInvalidArgument:
-        code = xffi::ErrorCode::kInvalidArgument;
-        break;
-      case ErrorCode::kUnimplemented:
-        code = xffi::ErrorCode::kUnimplemented;
-        break;
-      case ErrorCode::kUnavailable:
-        code = xffi::ErrorCode::kUnavailable;
-        break;
-      case ErrorCode::kInternal:
-        break;
-    }
-  }
-  return xffi::Error(code, FunctionName(attributes) + ": " + exception.what());
-}
-
-// No exception leaves a handler.
 template <typename Body>
 xffi::Error Guarded(const GemmAttributes& attributes, const Body& body) {
-  try {
-    body();
-    return xffi::Error::Success();
-  } catch (const std::exception& exception) {
-    return ToStatus(attributes, exception);
-  }
+  return ffi::Guarded([&] { return FunctionName(attributes); }, body);
 }
 
 xffi::ErrorOr<std::unique_ptr<GemmState>> Instantiate(xffi::Dictionary problem) {

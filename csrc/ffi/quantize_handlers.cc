@@ -4,18 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <exception>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "csrc/ffi/guard.h"
 #include "csrc/gemm/config.h"
-#include "csrc/jit/cache.h"
-#include "csrc/jit/cubin.h"
-#include "csrc/jit/driver.h"
 #include "csrc/jit/error.h"
 #include "csrc/jit/kernel.h"
 
@@ -65,62 +60,19 @@ QuantizeProblem ToQuantizeProblem(const QuantizeFields& fields) {
 
 namespace {
 
-// The process' kernel for a problem, made on first use and kept: executables and captured graphs
-// may use it from any thread until the process ends. Throws Error.
-jit::Kernel& GetQuantizeKernel(const QuantizeProblem& problem) {
-  // Never destroyed: the driver may be gone before static destructors run.
-  static auto* const mutex = new std::mutex;
-  static auto* const kernels = new std::map<std::string, jit::Kernel>;
-  const std::string name = KernelName(problem);
-  {
-    const std::lock_guard<std::mutex> lock(*mutex);
-    const auto found = kernels->find(name);
-    if (found != kernels->end()) return found->second;
-  }
-  // Compile outside the lock: other kernels need not wait.
-  std::shared_ptr<const jit::Cubin> cubin = jit::GetOrCompile(QuantizeSource(problem));
-  const std::lock_guard<std::mutex> lock(*mutex);
-  return kernels
-      ->try_emplace(name, std::move(cubin), /*smem_bytes=*/0, kQuantizeThreads,
-                    /*cluster_size=*/1)
-      .first->second;
-}
-
 // One call site, on all devices and for all executions: nothing in it changes. The kernel does not
 // depend on the device, and keeps track of those it is loaded on.
 struct QuantizeState {
   static xffi::TypeId id;
 
   QuantizeProblem problem;
-  jit::Kernel* kernel;  // lives as long as the process
+  std::shared_ptr<jit::Kernel> kernel;
 };
 xffi::TypeId QuantizeState::id = {};
 
-// No exception leaves a handler.
 template <typename Body>
 xffi::Error Guarded(const Body& body) {
-  xffi::ErrorCode code = xffi::ErrorCode::kInternal;
-  try {
-    body();
-    return xffi::Error::Success();
-  } catch (const Error& error) {
-    switch (error.code()) {
-      case ErrorCode::kInvalidArgument:
-        code = xffi::ErrorCode::kInvalidArgument;
-        break;
-      case ErrorCode::kUnimplemented:
-        code = xffi::ErrorCode::kUnimplemented;
-        break;
-      case ErrorCode::kUnavailable:
-        code = xffi::ErrorCode::kUnavailable;
-        break;
-      case ErrorCode::kInternal:
-        break;
-    }
-    return xffi::Error(code, std::string("quantize: ") + error.what());
-  } catch (const std::exception& exception) {
-    return xffi::Error(code, std::string("quantize: ") + exception.what());
-  }
+  return ffi::Guarded([] { return std::string("quantize"); }, body);
 }
 
 xffi::ErrorOr<std::unique_ptr<QuantizeState>> Instantiate(QuantizeAttributes attributes) {
@@ -129,8 +81,10 @@ xffi::ErrorOr<std::unique_ptr<QuantizeState>> Instantiate(QuantizeAttributes att
     const QuantizeAttributes& a = attributes;
     const QuantizeProblem problem = ToQuantizeProblem(
         {a.op, a.input, a.output, a.power_of_two, a.batch, a.rows, a.k, a.num_sizes});
-    // Compile now, where an error is the user's compile error; the kernel stays in the process.
-    state = std::make_unique<QuantizeState>(QuantizeState{problem, &GetQuantizeKernel(problem)});
+    // Compile now, where an error is the user's compile error.
+    std::shared_ptr<jit::Kernel> kernel = jit::GetKernel(QuantizeSource(problem), /*smem_bytes=*/0,
+                                                         kQuantizeThreads, /*cluster_size=*/1);
+    state = std::make_unique<QuantizeState>(QuantizeState{problem, std::move(kernel)});
   });
   if (status.failure()) return xffi::Unexpected(status);
   return state;

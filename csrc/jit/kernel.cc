@@ -2,10 +2,14 @@
 
 #include <atomic>
 #include <cstdint>
+#include <iterator>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <utility>
 
+#include "csrc/jit/cache.h"
 #include "csrc/jit/error.h"
 
 namespace dg::jit {
@@ -125,6 +129,30 @@ void Kernel::Launch(CUstream stream, int grid, void** args) const {
   Check(driver_->cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel_), args, nullptr),
         "cuLaunchKernelEx");
   launches.fetch_add(1, std::memory_order_relaxed);
+}
+
+std::shared_ptr<Kernel> GetKernel(const KernelSource& source, int smem_bytes, int threads,
+                                  int cluster_size) {
+  // Never destroyed: owners that the process' end destroys may come later.
+  static auto* const mutex = new std::mutex;
+  static auto* const kernels = new std::map<std::string, std::weak_ptr<Kernel>>;
+  {
+    const std::lock_guard<std::mutex> lock(*mutex);
+    const auto found = kernels->find(source.name);
+    if (found != kernels->end()) {
+      if (std::shared_ptr<Kernel> kernel = found->second.lock()) return kernel;
+    }
+  }
+  // Compile outside the lock: other kernels need not wait.
+  auto made = std::make_shared<Kernel>(GetOrCompile(source), smem_bytes, threads, cluster_size);
+  const std::lock_guard<std::mutex> lock(*mutex);
+  for (auto entry = kernels->begin(); entry != kernels->end();) {
+    entry = entry->second.expired() ? kernels->erase(entry) : std::next(entry);
+  }
+  std::weak_ptr<Kernel>& slot = (*kernels)[source.name];
+  if (std::shared_ptr<Kernel> kernel = slot.lock()) return kernel;  // another thread's
+  slot = made;
+  return made;
 }
 
 }  // namespace dg::jit

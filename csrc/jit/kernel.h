@@ -1,6 +1,6 @@
 // A cubin made ready to launch: one library for the process, one preparation per device.
 //
-// csrc/ffi creates it from what cache.h returns, calls Prepare when XLA initialises an executable
+// csrc/ffi asks for one by its source, calls Prepare when XLA initialises an executable
 // on a device and Launch when it executes.
 #pragma once
 
@@ -13,6 +13,7 @@
 
 #include "csrc/jit/cubin.h"
 #include "csrc/jit/driver.h"
+#include "csrc/jit/source.h"
 
 namespace dg::jit {
 
@@ -55,6 +56,11 @@ class Kernel {
   CUkernel kernel_ = nullptr;
   std::atomic<std::uint64_t> prepared_{0};  // Bit i: device i is prepared.
 };
+
+// The process' kernel of this source, compiled if need be; one for all who own it at the same time.
+// The other arguments are Kernel's. Throws Error.
+std::shared_ptr<Kernel> GetKernel(const KernelSource& source, int smem_bytes, int threads,
+                                  int cluster_size);
 
 // How many libraries of kernels this process has loaded and not unloaded.
 int LoadedLibraries();

@@ -20,6 +20,7 @@ from jax_deepgemm import quantize_reference
 from jax_deepgemm.cli import harness
 from jax_deepgemm.cli.problem import dequantize_dot
 from jax_deepgemm.cli.timing import Call, Flush, kernel_times_us
+from jax_deepgemm.quantize_call import OPS
 
 Entry = dict[str, Any]
 ENTRY_FIELDS = ("op", "form", "groups", "m", "k", "dtype")  # which say what it measures
@@ -78,13 +79,6 @@ class Case(NamedTuple):
         return {}
 
 
-OPS = (
-    "quantize_per_token",
-    "quantize_per_block",
-    "quantize_per_token_transposed",
-    "quantize_per_token_both",
-    "silu_mul_quantize",
-)
 CASES = (
     *(Case(op, 1, m, 7168) for op in OPS for m in (4096, 8192)),
     Case("silu_mul_quantize", 1, 8192, 2048),

@@ -4,4 +4,5 @@ from tests.processes import run_processes
 
 
 def test_two_processes() -> None:
-    run_processes(2, "cpu", seconds=300)
+    outputs = run_processes(2, "cpu", seconds=300)
+    assert ["OK" in output.splitlines() for output in outputs] == [True, True], outputs

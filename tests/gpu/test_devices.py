@@ -214,4 +214,5 @@ def test_every_gpu_from_a_thread_of_its_own(gpus: list[jax.Device]) -> None:
 
 def test_two_processes(gpus: list[jax.Device]) -> None:
     """One GPU each, through `jax.distributed`."""
-    run_processes(2, "cuda", seconds=240)
+    outputs = run_processes(2, "cuda", seconds=240)
+    assert ["OK" in output.splitlines() for output in outputs] == [True, True], outputs
