@@ -17,7 +17,6 @@ from jax_deepgemm.config import FP8_TYPES, OPS, GemmConfig, Problem, check_confi
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import declare
-from jax_deepgemm.layout import get_tma_aligned_size
 from jax_deepgemm.operands import Sizes
 from jax_deepgemm.partitioning import Partitioning
 
@@ -87,7 +86,7 @@ def declare_gemm(
     def prepare(
         a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array, *arrays: jax.Array
     ) -> Sequence[jax.Array]:
-        matrices = (x.reshape(-1, x.shape[-1]) for x in (a, _pad_rows(sfa), b, sfb))
+        matrices = (x.reshape(-1, x.shape[-1]) for x in (a, sfa, b, sfb))
         return (*matrices, *assign(math.prod(b.shape[:-2]), *arrays))
 
     return declare(
@@ -103,14 +102,6 @@ def declare_gemm(
         partition=partitioning.automatic,
         explicit=partitioning.explicit,
     )
-
-
-def _pad_rows(sfa: jax.Array) -> jax.Array:
-    """SFA as a matrix whose rows are padded to 16 bytes, as TMA wants strides to be."""
-    sfa = sfa.reshape(-1, sfa.shape[-1])
-    m = sfa.shape[0]
-    padding = get_tma_aligned_size(m, sfa.dtype.itemsize) - m
-    return jnp.pad(sfa, ((0, padding), (0, 0))) if padding else sfa
 
 
 def options(

@@ -43,8 +43,8 @@ def get_col_major_tma_aligned_tensor(x: ArrayLike) -> jax.Array:
     """Asks XLA to store `x` with its last axis outermost and m contiguous, as kernels read SFA.
 
     Never needed: operations ask for this layout themselves, and the fusion that computes the
-    scales writes it. It lets a program state the layout where the scales are made. The padding of
-    m to 16 bytes, which DeepGEMM does here as well, happens inside the operations.
+    scales writes it. It lets a program state the layout where the scales are made. DeepGEMM also
+    pads m to 16 bytes here; these kernels do without.
 
     Args:
         x: float32[..., m, ceil(k/128)].

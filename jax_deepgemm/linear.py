@@ -17,8 +17,7 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
     """Returns x @ dequantize(weight).T + bias, x quantised on the way, for any leading dimensions.
 
     x is cast by `quantize_per_token`, the product is `gemm_fp8_fp8_bf16_nt`; on a GPU these are two
-    kernels, with nothing between them if the rows of x are a multiple of 4 and a small copy of
-    scales otherwise. The bias is added in float32 to the product, which is
+    kernels, with nothing between them. The bias is added in float32 to the product, which is
     bfloat16, and rounded again.
 
     Args:

@@ -70,7 +70,7 @@ def quantize_per_token(
     Returns:
         QuantizedArray(dtype[..., m, k], float32[..., m, ceil(k/128)]). In one jitted program on a
         GPU the scales lie in memory as a GEMM reads them, m contiguous, and nothing stands between
-        the two kernels if m is a multiple of 4. Results of a program lie row by row.
+        the two kernels. Results of a program lie row by row.
 
     Raises:
         TypeError: x, dtype, masked_m or group_sizes is of another type

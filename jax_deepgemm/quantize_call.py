@@ -4,9 +4,8 @@ In a program that `jax.jit` spreads over several GPUs the reference takes the cu
 
 One custom-call target serves all of them: x as a matrix, then, where only some rows count, the
 sizes that say which; a struct of integers says what to do. csrc/ffi/quantize_handlers.cc is the
-other side. Scales of tokens leave it m-contiguous and padded to 16 bytes, as GEMMs read them
-(`custom_call._pad_rows`), so that nothing stands between the two kernels where rows are a multiple
-of 4; for others XLA cuts the padding off and makes it anew.
+other side. Scales of tokens leave it m-contiguous, as GEMMs read them, so that nothing stands
+between the two kernels.
 """
 
 import functools
@@ -25,7 +24,6 @@ from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import no_mesh
-from jax_deepgemm.layout import get_tma_aligned_size
 from jax_deepgemm.reference import BLOCK
 
 Shape = tuple[int, ...]
@@ -164,20 +162,17 @@ def _declare(op: str) -> Callable[..., Arrays]:
         matrices, layouts = [], []
         for index, shape in enumerate(shapes):
             rows, columns = math.prod(shape[:-1]), shape[-1]
-            token_scales = index % 2 == 1 and op != "quantize_per_block"
-            if token_scales:
-                rows = get_tma_aligned_size(rows, np.dtype(np.float32).itemsize)
             matrices.append(
                 jax.ShapeDtypeStruct((rows, columns), jnp.float32 if index % 2 else dtype)
             )
-            layouts.append((1, 0) if token_scales else None)
+            layouts.append((1, 0) if index % 2 and op != "quantize_per_block" else None)
         call = jax.ffi.ffi_call(_native.QUANTIZE_TARGET, matrices, output_layouts=layouts)
         matrix = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # either may be 0
         operands = [matrix, *(size.reshape(-1) for size in sizes)]
         # int64 whatever the caller's type: the target decodes exactly that.
         attributes = {key: np.int64(value) for key, value in problem._asdict().items()}
         return [
-            result[: math.prod(shape[:-1])].reshape(shape)
+            result.reshape(shape)
             for result, shape in zip(call(*operands, problem=attributes), shapes, strict=True)
         ]
 

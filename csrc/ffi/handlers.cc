@@ -341,7 +341,10 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     const DevicePlan& plan = state->plan(device);
     const GemmProblem& problem = plan.problem;
     const int64_t k_blocks = KBlocks(problem);
-    const int64_t sfa_pitch = CeilDiv(problem.m, 4) * 4;
+    // Programs that version 0.1.0 exported pad SFA to a multiple of 4 rows.
+    const int64_t padded_m = CeilDiv(problem.m, 4) * 4;
+    const int64_t sfa_pitch =
+        sfa.dimensions().size() == 2 && sfa.dimensions()[0] == padded_m ? padded_m : problem.m;
     const auto type = [](Fp8 fp8) {
       return fp8 == Fp8::kE4M3 ? xffi::DataType::F8E4M3FN : xffi::DataType::F8E5M2;
     };

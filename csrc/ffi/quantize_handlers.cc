@@ -144,7 +144,6 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
     const QuantizeProblem& p = state->problem;
     const xffi::DataType fp8 =
         p.output == Fp8Type::kE4m3 ? xffi::DataType::F8E4M3FN : xffi::DataType::F8E5M2;
-    const auto padded = [](int64_t rows) { return CeilDiv(rows, 4) * 4; };
     const int64_t k_blocks = CeilDiv(p.k, kQuantizeBlock);
     const int64_t row_blocks = CeilDiv(p.rows, kQuantizeBlock);
     const size_t num_results = p.op == QuantizeOp::kPerTokenBoth ? 4 : 2;
@@ -163,7 +162,7 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
     if (writes_rows(p.op)) {
       params.values = Data(Result(results, index++), "values", fp8, {p.batch * p.rows, p.k});
       const int64_t scale_rows =
-          p.op == QuantizeOp::kPerBlock ? p.batch * row_blocks : padded(p.batch * p.rows);
+          p.op == QuantizeOp::kPerBlock ? p.batch * row_blocks : p.batch * p.rows;
       params.scales = static_cast<float*>(
           Data(Result(results, index++), "scales", xffi::DataType::F32, {scale_rows, k_blocks}));
     }
@@ -171,7 +170,7 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
       params.values_t = Data(Result(results, index++), "values", fp8, {p.batch * p.k, p.rows});
       params.scales_t =
           static_cast<float*>(Data(Result(results, index++), "scales", xffi::DataType::F32,
-                                   {padded(p.batch * p.k), row_blocks}));
+                                   {p.batch * p.k, row_blocks}));
     }
     // No launch would be an empty graph, if this were captured; but XLA folds operations without
     // elements (ZeroSizedHloElimination).
@@ -181,8 +180,8 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
     params.k = static_cast<int>(p.k);
     params.row_tiles = static_cast<int>(RowTiles(p));
     params.column_tiles = static_cast<int>(ColumnTiles(p));
-    params.scales_pitch = static_cast<int>(padded(p.batch * p.rows));
-    params.scales_t_pitch = static_cast<int>(padded(p.batch * p.k));
+    params.scales_pitch = static_cast<int>(p.batch * p.rows);
+    params.scales_t_pitch = static_cast<int>(p.batch * p.k);
     void* arguments[] = {&params};
     state->kernel->Launch(stream, static_cast<int>(GridSize(p)), arguments);
   });

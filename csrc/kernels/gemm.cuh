@@ -23,7 +23,7 @@
 //                               if alone)   arrive empty; promote               TMA store
 //
 //   barrier            arrivals                       signals
-//   full[stage]        2 + the stage's bytes          producer/TMA -> math: stage holds data
+//   full[stage]        2 (33: m % 4 != 0) and bytes   producer/TMA -> math: stage holds data
 //   empty[stage]       math warps x sharing CTAs      math -> producer(s): stage may be rewritten
 //   exchange[warp]     1, and bytes in the CTA that   split-k, between namesakes in a cluster: sums
 //                      stores the warp's rows         have come; or in the others, were read
@@ -88,16 +88,33 @@ __device__ __forceinline__ void load_operand(uint32_t smem, const TensorMap& map
   }
 }
 
-// One thread copies a tile's k-blocks into the stages from `ring` on.
+// Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks does.
+// Elsewhere the warp's lanes copy 4 bytes at a time, which costs the producer time that it has.
+__device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params) {
+  return params.sfa_pitch % 4 == 0;
+}
+
+// Arrivals on a full barrier beside the one that announces bytes: those of each thread that copies
+// scales.
+__device__ __forceinline__ int scale_arrivals(const KernelParams& params) {
+  return copies_scales_in_bulk(params) ? 1 : 32;
+}
+
+// Copies a tile's k-blocks into the stages from `ring` on: one thread with kBulkScales, a warp
+// without.
+template <bool kBulkScales>
 __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map_a,
                                           const TensorMap& map_b, const KernelParams& params,
                                           const KRange& range, const Tile& tile,
                                           RingPosition ring) {
+  const bool leader = kBulkScales || elect_sync();
   const int start = range.start(tile);
   const int b_row = tile.group * config::kN + tile.n;
-  // Bulk copies begin and end at multiples of 16 bytes. Rows past the end of A keep old scales.
+  // A stage's SFA begins with the multiple of 4 rows at or below the tile's first. Rows past the
+  // end of A keep old scales.
   const int sfa_row = tile.m & ~3;
-  const int sfa_bytes = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row)) * 4;
+  const int sfa_rows = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row));
+  const int sfa_bytes = kBulkScales ? sfa_rows * 4 : 0;
   const float* const sfa = params.sfa + sfa_row;
   const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
   const int n_block = tile.n / 128;
@@ -109,34 +126,40 @@ __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map
     const int stage = ring.stage();
     const uint32_t full = smem.full(stage);
     mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-    if (i == 0) {
-      st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
-    }
-    mbarrier_arrive_expect_tx(full, kLayout.a_bytes() + kLayout.b_bytes() + sfa_bytes);
-    const int k = k_block * kBlockK;
-    load_operand<config::kClusterM, config::kBlockN>(smem.b(stage), map_b, full, k, b_row);
-    load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m);
-    if (sfa_bytes > 0) {
-      bulk_load(smem.sfa(stage), sfa + size_t(k_block) * params.sfa_pitch, sfa_bytes, full);
-    }
+    const float* const sfa_block = sfa + size_t(k_block) * params.sfa_pitch;
+    if (leader) {
+      if (i == 0) {
+        st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
+      }
+      mbarrier_arrive_expect_tx(full, kLayout.a_bytes() + kLayout.b_bytes() + sfa_bytes);
+      const int k = k_block * kBlockK;
+      load_operand<config::kClusterM, config::kBlockN>(smem.b(stage), map_b, full, k, b_row);
+      load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m);
+      if (sfa_bytes > 0) bulk_load(smem.sfa(stage), sfa_block, sfa_bytes, full);
 #pragma unroll
-    for (int block = 0; block < kTileScaleBlocks; ++block) {
-      // Columns past n have no scale of their own and need none.
-      const int row = min(n_block + block, kNBlocks - 1);
-      cp_async_4(smem.sfb(stage) + 4 * block, sfb + row * kKBlocks + k_block);
+      for (int block = 0; block < kTileScaleBlocks; ++block) {
+        // Columns past n have no scale of their own and need none.
+        const int row = min(n_block + block, kNBlocks - 1);
+        cp_async_4(smem.sfb(stage) + 4 * block, sfb + row * kKBlocks + k_block);
+      }
+    }
+    if constexpr (!kBulkScales) {
+#pragma unroll 1
+      for (int row = laneid(); row < sfa_rows; row += 32) {
+        cp_async_4(smem.sfa(stage) + 4 * row, sfa_block + row);
+      }
     }
     cp_async_mbarrier_arrive(full);
   }
 }
 
 // Announces a tile without k-blocks, which takes one stage.
-__device__ __forceinline__ void announce_tile(const Smem& smem, const Tile& tile,
-                                              const RingPosition& ring) {
+__device__ __forceinline__ void announce_tile(const Smem& smem, const KernelParams& params,
+                                              const Tile& tile, const RingPosition& ring) {
   const int stage = ring.stage();
   mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
   st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
-  mbarrier_arrive(smem.full(stage));
-  mbarrier_arrive(smem.full(stage));
+  for (int i = 0; i < 1 + scale_arrivals(params); ++i) mbarrier_arrive(smem.full(stage));
 }
 
 __device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a,
@@ -152,11 +175,13 @@ __device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a
   while (true) {
     const Tile tile = scheduler.next();
     const bool loads = tile.kind >= kMultiply;
-    if (elect_sync()) {
+    if (loads && !copies_scales_in_bulk(params)) {
+      load_tile<false>(smem, map_a, map_b, params, range, tile, ring);
+    } else if (elect_sync()) {
       if (loads) {
-        load_tile(smem, map_a, map_b, params, range, tile, ring);
+        load_tile<true>(smem, map_a, map_b, params, range, tile, ring);
       } else {
-        announce_tile(smem, tile, ring);
+        announce_tile(smem, params, tile, ring);
       }
     }
     __syncwarp();
@@ -264,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     prefetch_tensormap(map_a);
     prefetch_tensormap(map_b);
     for (int stage = 0; stage < config::kNumStages; ++stage) {
-      mbarrier_init(smem.full(stage), 2);
+      mbarrier_init(smem.full(stage), 1 + scale_arrivals(params));
       mbarrier_init(smem.empty(stage), kMathThreads / 32 * config::kArrivalsPerWarp * kMulticast);
     }
     if constexpr (config::kClusterK > 1) {

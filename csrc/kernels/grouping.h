@@ -29,7 +29,7 @@ struct KernelParams {
                       // masked: masked_m[num_groups]; ragged: group_sizes[num_sizes]
   const int* detail;  // contiguous: m_indices[m]; ragged: group_offset[1]
   int m;              // rows of A and D, of all groups together
-  int sfa_pitch;      // m rounded up to a multiple of 4
+  int sfa_pitch;      // m, or m rounded up to a multiple of 4
   int num_groups;     // matrices in B
   int num_sizes;      // ragged: entries of group_sizes, of which B may hold a slice
   int max_m;          // masked: rows per group

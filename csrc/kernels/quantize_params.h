@@ -49,8 +49,8 @@ struct QuantizeParams {
   int k;               // columns of the values
   int row_tiles;       // tiles below each other in a matrix
   int column_tiles;    // tiles side by side
-  int scales_pitch;    // batch * rows, rounded up to a multiple of 4
-  int scales_t_pitch;  // batch * k, rounded up to a multiple of 4
+  int scales_pitch;    // batch * rows
+  int scales_t_pitch;  // batch * k
 };
 
 }  // namespace dg

@@ -642,19 +642,19 @@ CALLS = {
     "contiguous": (
         Problem("contiguous", 3, 129, 136, 144),
         {"op": 1, "m": 129, "expected_m": 0},
-        f"tensor<129x144xf8E4M3FN>, tensor<132x2xf32>, {B}, tensor<129xi32>, tensor<2xi32>",
+        f"tensor<129x144xf8E4M3FN>, tensor<129x2xf32>, {B}, tensor<129xi32>, tensor<2xi32>",
         "tensor<129x136xbf16>",
     ),
     "masked": (
         Problem("masked", 3, 15, 136, 144),
         {"op": 2, "m": 45, "expected_m": 15},
-        f"tensor<45x144xf8E4M3FN>, tensor<48x2xf32>, {B}, tensor<3xi32>",
+        f"tensor<45x144xf8E4M3FN>, tensor<45x2xf32>, {B}, tensor<3xi32>",
         "tensor<45x136xbf16>",
     ),
     "ragged": (
         Problem("ragged", 3, 37, 136, 144),
         {"op": 3, "m": 37, "expected_m": 0},
-        f"tensor<37x144xf8E4M3FN>, tensor<40x2xf32>, {B}, tensor<3xi32>, tensor<1xi32>",
+        f"tensor<37x144xf8E4M3FN>, tensor<37x2xf32>, {B}, tensor<3xi32>, tensor<1xi32>",
         "tensor<37x136xbf16>",
     ),
 }

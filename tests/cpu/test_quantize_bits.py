@@ -283,8 +283,9 @@ GEMMS = {
 
 @pytest.mark.parametrize("op", SIZED_OPS)
 @pytest.mark.parametrize("form", GEMMS)
-def test_nothing_between_quantizer_and_gemm(op: str, form: str) -> None:
-    rows = (3, 64) if form == "masked" else (192,)
+@pytest.mark.parametrize("m", [64, 67])
+def test_nothing_between_quantizer_and_gemm(op: str, form: str, m: int) -> None:
+    rows = (3, m) if form == "masked" else (3 * m,)
     x = jax.ShapeDtypeStruct((*rows, 512), "bfloat16")
     k = 256 if op == "silu_mul_quantize" else 512
     rhs = QuantizedArray(
