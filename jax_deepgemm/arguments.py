@@ -1,9 +1,10 @@
-"""What public functions share about their arguments: how they are checked, and one default."""
+"""What public functions share about their arguments: how they are checked, and two defaults."""
 
 import operator
 from typing import Any
 
 H100_SMS = 132  # streaming multiprocessors of an H100 or H200 SXM module
+H100_MEMORY_GBS = 3352  # peak rate of an H100 SXM's memory, GB/s; an H200's is 4916
 
 
 def integer(function: str, argument: str, value: Any, *, bits: int) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from jax_deepgemm.arguments import H100_SMS, boolean, integer
+from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS, boolean, integer
 from jax_deepgemm.ffi import _native
 
 OPS = ("dense", "contiguous", "masked", "ragged")
@@ -65,6 +65,7 @@ class Problem(NamedTuple):
         a_type: index into FP8_TYPES.
         b_type: the same of B.
         batch_invariant: 1 if a row's bits are to depend on the row, its matrix, n and k alone.
+        memory_gbs: peak rate of the GPU's memory, GB/s; the custom call does without.
     """
 
     op: int
@@ -77,6 +78,7 @@ class Problem(NamedTuple):
     a_type: int = 0
     b_type: int = 0
     batch_invariant: int = 0
+    memory_gbs: int = H100_MEMORY_GBS
 
 
 # It has room for every configuration there is: k-blocks for four CTAs to split, and SMs for them to
@@ -90,6 +92,7 @@ def select_config(
     k: int,
     *,
     num_sms: int = H100_SMS,
+    memory_gbs: int = H100_MEMORY_GBS,
     op: str = "dense",
     num_groups: int = 1,
     expected_m: int | None = None,
@@ -104,6 +107,8 @@ def select_config(
         n: rows of one weight matrix, columns of D; a multiple of 8.
         k: columns of A and B; a multiple of 16.
         num_sms: SMs the kernel may use.
+        memory_gbs: peak rate of the GPU's memory in GB/s, by default an H100's. It
+            decides how much of the weights a kernel keeps in flight.
         op: "dense", "contiguous", "masked" or "ragged".
         num_groups: weight matrices; 1 for op "dense".
         expected_m: for op "masked", the operation's hint; by default max_m.
@@ -123,6 +128,7 @@ def select_config(
         num_groups=num_groups,
         expected_m=expected_m,
         batch_invariant=batch_invariant,
+        memory_gbs=memory_gbs,
     )
     return GemmConfig(*_native.select_config(problem))
 
@@ -133,6 +139,7 @@ def legal_configs(
     k: int,
     *,
     num_sms: int = H100_SMS,
+    memory_gbs: int = H100_MEMORY_GBS,
     op: str = "dense",
     num_groups: int = 1,
     expected_m: int | None = None,
@@ -145,6 +152,8 @@ def legal_configs(
         n: rows of one weight matrix.
         k: columns of A and B.
         num_sms: SMs the kernel may use.
+        memory_gbs: peak rate of the GPU's memory in GB/s, by default an H100's. It
+            decides how much of the weights a kernel keeps in flight.
         op: the operation.
         num_groups: weight matrices.
         expected_m: the hint of op "masked".
@@ -164,6 +173,7 @@ def legal_configs(
         num_groups=num_groups,
         expected_m=expected_m,
         batch_invariant=batch_invariant,
+        memory_gbs=memory_gbs,
     )
     return [GemmConfig(*fields) for fields in _native.candidates(problem)]
 
@@ -194,6 +204,7 @@ def check_problem(
     num_groups: int = 1,
     expected_m: int | None = None,
     batch_invariant: bool = False,
+    memory_gbs: int = H100_MEMORY_GBS,
 ) -> Problem:
     """Returns the problem, or raises in the name of `function` if no kernel computes it.
 
@@ -210,7 +221,10 @@ def check_problem(
         k=integer(function, "k", k, bits=64),
         num_sms=integer(function, "num_sms", num_sms, bits=32),
         batch_invariant=boolean(function, "batch_invariant", batch_invariant),
+        memory_gbs=integer(function, "memory_gbs", memory_gbs, bits=32),
     )
+    if problem.memory_gbs < 1:
+        raise ValueError(f"{function}: memory_gbs must be at least 1, got {memory_gbs}")
     if expected_m is not None:
         if op != "masked":
             raise ValueError(f'{function}: expected_m is for op "masked", not for "{op}"')

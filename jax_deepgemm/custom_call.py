@@ -77,8 +77,10 @@ def declare_gemm(
         # A configuration of zeros: the device that the call runs on selects one.
         names = GemmConfig.__dataclass_fields__
         fields = config.fields if config else (0,) * len(names)
+        sizes = problem._asdict()
+        del sizes["memory_gbs"]  # the device's, too
         return {
-            **problem._asdict(),
+            **sizes,
             "fill_zero": fill_zero,
             **dict(zip(names, fields, strict=True)),
         }

@@ -1,8 +1,10 @@
 """The device: which lowering runs on it, and how many of its SMs kernels may use."""
 
+from typing import TypedDict
+
 import jax
 
-from jax_deepgemm.arguments import integer
+from jax_deepgemm.arguments import H100_MEMORY_GBS, integer
 from jax_deepgemm.ffi import _native
 
 
@@ -72,16 +74,39 @@ def get_num_sms() -> int:
     Raises:
         RuntimeError: no limit is set and there is no Hopper GPU.
     """
-    counts = [
-        int(device["num_sms"])
-        for device in _native.cuda_devices()
-        if (device["major"], device["minor"]) == (9, 0)
-    ][:1]
+    hopper = first_hopper()
+    counts = [hopper["num_sms"]] if hopper else []
     if _num_sms_limit:
         counts.append(_num_sms_limit)
     if not counts:
         raise RuntimeError("get_num_sms: there is no Hopper GPU here; call set_num_sms first")
     return min(counts)
+
+
+class Gpu(TypedDict):
+    """What `select_config` wants to know of a GPU, by its names."""
+
+    num_sms: int
+    memory_gbs: int
+
+
+def selection() -> Gpu:
+    """Returns the first Hopper GPU's properties; without one an H100's memory.
+
+    Raises:
+        RuntimeError: as `get_num_sms` does, which has the limit, too.
+    """
+    hopper = first_hopper()
+    memory_gbs = hopper["memory_gbs"] if hopper else H100_MEMORY_GBS
+    return {"num_sms": get_num_sms(), "memory_gbs": memory_gbs}
+
+
+def first_hopper() -> dict[str, int] | None:
+    """Properties of the first Hopper GPU that are numbers; None if there is none."""
+    for device in _native.cuda_devices():
+        if (device["major"], device["minor"]) == (9, 0):
+            return {name: value for name, value in device.items() if isinstance(value, int)}
+    return None
 
 
 def num_sms_limit() -> int:

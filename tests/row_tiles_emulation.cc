@@ -2,7 +2,7 @@
 //
 // Reads KernelParams' numbers (m, num_groups, num_sizes, max_m, fill_zero), how many integers
 // `groups` has and they themselves, and `detail[0]`; prints the number of row tiles, of those that
-// multiply, and of each its m, rows, group, kind and whether it is known to be alone. The kernel's
+// multiply, and of each its m, rows, group and kind. The kernel's
 // constants are macros: GROUPING, BLOCK_M, RASTER_M.
 //
 // A lane runs until it exchanges a value with the others, then the next one does. So every lane has
@@ -96,7 +96,7 @@ void Lane() {
         const int index = (t - ends[part]) % RASTER_M;
         const dg::RowTile tile = tiles.get(t - index, index);
         if (prints) {
-          std::printf("%d %d %d %d %d\n", tile.m, tile.rows, tile.group, tile.kind, tile.alone);
+          std::printf("%d %d %d %d\n", tile.m, tile.rows, tile.group, tile.kind);
         }
       }
     }

@@ -114,6 +114,7 @@ nb::list CudaDevices() {
     entry["major"] = device.major;
     entry["minor"] = device.minor;
     entry["num_sms"] = device.num_sms;
+    entry["memory_gbs"] = device.memory_gbs;
     result.append(entry);
   }
   return result;
@@ -148,8 +149,8 @@ void BindJit(nb::module_& m) {
   m.def("launches", &jit::Launches,
         "How many launches were enqueued or recorded; a graph that is replayed adds none.");
   m.def("cuda_devices", &CudaDevices,
-        "One dict per GPU: name, ordinal, major, minor, num_sms. Empty when libcuda is absent or "
-        "reports no device; any other failure of the driver raises Error.");
+        "One dict per GPU: name, ordinal, major, minor, num_sms, memory_gbs. Empty when libcuda is "
+        "absent or reports no device; any other failure of the driver raises Error.");
 }
 
 }  // namespace dg::ffi

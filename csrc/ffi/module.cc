@@ -48,8 +48,8 @@ GemmConfig WellFormed(const ConfigFields& fields) {
 }
 
 // A GemmProblem on its way from Python: op, num_groups, m, expected_m, n, k, num_sms, a_type,
-// b_type, batch_invariant.
-using ProblemFields = std::array<int64_t, 10>;
+// b_type, batch_invariant, memory_gbs.
+using ProblemFields = std::array<int64_t, 11>;
 
 GemmProblem ToProblem(const ProblemFields& fields) {
   return {ToGrouping(fields[0]),
@@ -61,7 +61,8 @@ GemmProblem ToProblem(const ProblemFields& fields) {
           static_cast<int>(fields[6]),
           ToFp8(fields[7]),
           ToFp8(fields[8]),
-          fields[9] != 0};
+          fields[9] != 0,
+          static_cast<int>(fields[10])};
 }
 
 template <typename Pointer>

@@ -168,9 +168,8 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
     }
     if (writes_transposed(p.op)) {
       params.values_t = Data(Result(results, index++), "values", fp8, {p.batch * p.k, p.rows});
-      params.scales_t =
-          static_cast<float*>(Data(Result(results, index++), "scales", xffi::DataType::F32,
-                                   {p.batch * p.k, row_blocks}));
+      params.scales_t = static_cast<float*>(Data(Result(results, index++), "scales",
+                                                 xffi::DataType::F32, {p.batch * p.k, row_blocks}));
     }
     // No launch would be an empty graph, if this were captured; but XLA folds operations without
     // elements (ZeroSizedHloElimination).

@@ -18,6 +18,9 @@ constexpr int kMaxStages = 32;
 // exported programs: none may change.
 enum class Fp8 : int { kE4M3 = 0, kE5M2 = 1 };
 
+// Peak rate of an H100 SXM's memory: 5120 bits at 2619 MHz, twice a cycle.
+constexpr int kH100MemoryGbs = 3352;
+
 // D[m, n] = A[m, k] * B[n, k], on a GPU with num_sms multiprocessors to use. Grouped operations
 // have num_groups matrices B, and only the device knows how many rows of A go with each.
 struct GemmProblem {
@@ -32,6 +35,8 @@ struct GemmProblem {
   Fp8 b_type = Fp8::kE4M3;
   // A row's bits are to depend on nothing but the row, its matrix, n and k.
   bool batch_invariant = false;
+  // Peak rate of the GPU's memory, in GB/s: how much must be in flight to keep it busy.
+  int memory_gbs = kH100MemoryGbs;
 };
 
 // "e4m3" or "e5m2", as PTX spells them.

@@ -62,7 +62,7 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
   constant("kClusterN", config.cluster_n);
   constant("kClusterK", config.cluster_k);
   constant("kRasterM", config.raster_m);
-  constant("kRotatesK", !problem.batch_invariant);
+  constant("kRotatesK", problem.grouping == Grouping::kDense && !problem.batch_invariant);
   constant("kArrivalsPerWarp", every_thread_arrives ? 32 : 1);
   text << "}  // namespace dg::config\n\n"
        << "namespace dg {\n"

@@ -143,6 +143,12 @@ void CheckHopper(const Driver& driver, CUdevice device) {
                   std::to_string(major) + std::to_string(minor) + ")");
 }
 
+int MemoryGbs(const Driver& driver, CUdevice device) {
+  const int64_t khz = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, device);
+  const int64_t bits = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, device);
+  return static_cast<int>(2 * khz * (bits / 8) / 1'000'000);
+}
+
 std::vector<Device> ListDevices() {
   std::string absence;
   const Driver* driver = FindDriver(&absence);
@@ -159,7 +165,8 @@ std::vector<Device> ListDevices() {
     devices.push_back({DeviceName(*driver, handle), ordinal,
                        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
                        attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-                       attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)});
+                       attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
+                       MemoryGbs(*driver, handle)});
   }
   return devices;
 }

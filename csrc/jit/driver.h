@@ -44,6 +44,9 @@ void Check(CUresult result, const char* call);
 // One attribute of a device; throws Error.
 int DeviceAttribute(const Driver& driver, CUdevice_attribute attribute, CUdevice device);
 
+// Peak rate of a device's memory, in GB/s, from its clock and width.
+int MemoryGbs(const Driver& driver, CUdevice device);
+
 // Throws Error, with the device's name and compute capability, unless it runs sm_90a code.
 void CheckHopper(const Driver& driver, CUdevice device);
 
@@ -54,6 +57,7 @@ struct Device {
   int major;  // Compute capability.
   int minor;
   int num_sms;
+  int memory_gbs;  // See MemoryGbs.
 };
 
 // The GPUs of this process; empty when libcuda is absent or reports no device.

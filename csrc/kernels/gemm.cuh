@@ -88,8 +88,9 @@ __device__ __forceinline__ void load_operand(uint32_t smem, const TensorMap& map
   }
 }
 
-// Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks does.
-// Elsewhere the warp's lanes copy 4 bytes at a time, which costs the producer time that it has.
+// Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks
+// does. Elsewhere the warp's lanes copy 4 bytes at a time, which costs the producer time that it
+// has.
 __device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params) {
   return params.sfa_pitch % 4 == 0;
 }
@@ -108,7 +109,7 @@ __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map
                                           const KRange& range, const Tile& tile,
                                           RingPosition ring) {
   const bool leader = kBulkScales || elect_sync();
-  const int start = range.start(tile);
+  const int start = range.start(tile, params.m);
   const int b_row = tile.group * config::kN + tile.n;
   // A stage's SFA begins with the multiple of 4 rows at or below the tile's first. Rows past the
   // end of A keep old scales.

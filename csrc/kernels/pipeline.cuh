@@ -2,10 +2,10 @@
 // warpgroups.
 //
 // Each stage has two mbarriers. `full`: the producer announces the stage's bytes (1 arrival), TMA
-// delivers them; B's scales, which are too few for TMA, are another arrival, and A's scales, too, 31
-// more where they are not aligned for it. `empty`: every math
-// warp arrives once it no longer reads the stage; with multicast it arrives in each CTA of the
-// cluster, because the peer's loads write here too.
+// delivers them; B's scales, which are too few for TMA, are another arrival, and A's scales, too,
+// 31 more where they are not aligned for it. `empty`: every math warp arrives once it no longer
+// reads the stage; with multicast it arrives in each CTA of the cluster, because the peer's loads
+// write here too.
 #pragma once
 
 namespace dg {

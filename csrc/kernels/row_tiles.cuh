@@ -44,7 +44,6 @@ struct RowTile {
   int rows;   // rows from m on that are this tile's; may be more than kRowsPerCluster
   int group;  // matrix of B
   TileKind kind;
-  bool alone;  // known to be the only row tile of its group
 };
 
 // --- Warp scans ----------------------------------------------------------------------------------
@@ -107,7 +106,7 @@ class MaskedRuns {
     const int skipped = index * config::kBlockM;
     const int rows = length(run, valid);
     return {group * max_m_ + (rest ? valid : 0) + skipped, rows - skipped, group,
-            rest ? kZero : kMultiply, rows <= config::kBlockM};
+            rest ? kZero : kMultiply};
   }
 
  private:
@@ -156,8 +155,7 @@ class RaggedRuns {
     const int skipped = index * config::kBlockM;
     const int rows = length(run, size, start);
     const int first = run == groups_ + 1 ? 0 : start;
-    return {first + skipped, rows - skipped, run, run < groups_ ? kMultiply : kZero,
-            rows <= config::kBlockM};
+    return {first + skipped, rows - skipped, run, run < groups_ ? kMultiply : kZero};
   }
 
  private:
@@ -217,7 +215,7 @@ class ContiguousRuns {
     // -1 is odd as well: beside a block with a group, one without is padding.
     const bool mask = ((first | last) & 1) != 0;
     const TileKind kind = !multiplies(run) ? kZero : mask ? kMultiplyMask : kMultiply;
-    return {m, min(height, m_ - m), max(first, last) >> 1, kind, false};
+    return {m, min(height, m_ - m), max(first, last) >> 1, kind};
   }
 
  private:
@@ -254,7 +252,7 @@ class EqualRowTiles {
   // Row tile `first` + `index`; whole warps.
   __device__ RowTile get(int first, int index) {
     const int m = (first + index) * kRowsPerCluster;
-    return {m, m_ - m, 0, kMultiply, count_ == 1};
+    return {m, m_ - m, 0, kMultiply};
   }
 
  private:
@@ -273,13 +271,13 @@ class SwathCache {
     m_ = tile.m;
     rows_ = tile.rows;
     group_ = tile.group;
-    kind_ = tile.kind * 2 + tile.alone;
+    kind_ = tile.kind;
   }
 
   __device__ RowTile get(int index) const {
-    const int kind = __shfl_sync(0xffffffff, kind_, index);
     return {__shfl_sync(0xffffffff, m_, index), __shfl_sync(0xffffffff, rows_, index),
-            __shfl_sync(0xffffffff, group_, index), static_cast<TileKind>(kind / 2), kind % 2 != 0};
+            __shfl_sync(0xffffffff, group_, index),
+            static_cast<TileKind>(__shfl_sync(0xffffffff, kind_, index))};
   }
 
  private:

@@ -20,8 +20,7 @@ struct Tile {
   int rows;  // rows from m on that D takes; may be more than the tile has, or none
   TileKind kind;
   // The producer alone knows the rest.
-  int group;   // matrix of B
-  bool alone;  // known to be the only row tile of its group
+  int group;  // matrix of B
 };
 
 // Where the tensor cores set the pace, they do so at the clock that the power limit leaves them.
@@ -61,7 +60,7 @@ class Scheduler {
       return tile(index, 0, row_tiles_.multiply_count());
     }
     if constexpr (kGrouping == Grouping::kDense) {
-      return {0, 0, 0, kStop, 0, false};
+      return {0, 0, 0, kStop, 0};
     } else {
       // Tiles of zeros: all clusters share them.
       const int index = cluster_;
@@ -80,14 +79,10 @@ class Scheduler {
     // The last swath may be lower than the others; its tiles past the end are those whose column
     // does not exist.
     const int column = rows <= 0 ? kTileColumns : in_swath / rows;
-    if (column >= kTileColumns) return {0, 0, 0, kStop, 0, false};
+    if (column >= kTileColumns) return {0, 0, 0, kStop, 0};
     const RowTile row_tile = row_tiles_.get(first_row, in_swath % rows);
-    return {row_tile.m + m_in_cluster_,
-            column * kColumnsPerCluster + n_in_cluster_,
-            row_tile.rows - m_in_cluster_,
-            row_tile.kind,
-            row_tile.group,
-            row_tile.alone};
+    return {row_tile.m + m_in_cluster_, column * kColumnsPerCluster + n_in_cluster_,
+            row_tile.rows - m_in_cluster_, row_tile.kind, row_tile.group};
   }
 
   RowTiles row_tiles_;
@@ -102,10 +97,11 @@ class Scheduler {
 
 // The k-blocks of this CTA (all, or its share under split-k) and the order it takes them in.
 //
-// Where one row of tiles covers a group, all CTAs at work on it read the same rows of A. In step,
-// they would ask for the same lines at the same time, and the few L2 slices that hold those would
-// set the pace. So every column of tiles starts elsewhere in k and wraps around. (With more rows of
-// tiles, CTAs in step is what lets them share B and A through L2.)
+// Where one row of tiles covers all rows, all CTAs read the same rows of A. In step, they would ask
+// for the same lines at the same time, and the few L2 slices that hold those would set the pace. So
+// every column of tiles starts elsewhere in k and wraps around: 2 to 3 %. With more rows of tiles,
+// CTAs in step is what lets them share B and A through L2. With many groups, it is what lets memory
+// stream B: rotation costs 2 % there.
 class KRange {
  public:
   __device__ KRange() : begin_(0), count_(kKBlocks) {
@@ -118,10 +114,10 @@ class KRange {
 
   __device__ int count() const { return count_; }
 
-  // The i-th k-block of a tile is block(i, start(tile)).
-  __device__ int start(const Tile& tile) const {
+  // The i-th k-block of a tile of `rows` rows of A is block(i, start(tile, rows)).
+  __device__ int start(const Tile& tile, int rows) const {
     // Taller tiles are for matrices with many rows.
-    if (!config::kRotatesK || kRowsPerCluster > 128 || !tile.alone) return 0;
+    if (!config::kRotatesK || kRowsPerCluster > 128 || rows > kRowsPerCluster) return 0;
     return tile.n / kColumnsPerCluster * count_ / kTileColumns;
   }
   __device__ int block(int i, int start) const {

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jax_deepgemm
-from jax_deepgemm import GemmConfig
+from jax_deepgemm import GemmConfig, device
 from jax_deepgemm.cli import chain, machine, moe, quantizers, tables, torch_baseline
 from jax_deepgemm.cli.compare import (
     KEY_FIELDS,
@@ -331,22 +331,24 @@ def _measure(
     shapes: Sequence[Shape], flush: Flush, args: argparse.Namespace, seed: int
 ) -> list[Row]:
     """Measures shapes in one trace, and with --sweep all configs of each in one more."""
-    num_sms = jax_deepgemm.get_num_sms()
+    gpu = device.selection()
     candidates = []
     for problem in random_problems(shapes, seed):
-        config = jax_deepgemm.select_config(**problem.shape.selection, num_sms=num_sms)
+        config = jax_deepgemm.select_config(**problem.shape.selection, **gpu)
         candidates.append(Candidate(problem, dataclasses.replace(config, **args.config)))
     rows = measure(candidates, flush, args.iterations, xla_baseline="xla" in args.baselines)
     if args.sweep:
         for candidate, row in zip(candidates, rows, strict=True):
-            _sweep(candidate, row, flush, args.iterations, num_sms)
+            _sweep(candidate, row, flush, args.iterations, gpu)
     return rows
 
 
-def _sweep(selected: Candidate, row: Row, flush: Flush, iterations: int, num_sms: int) -> None:
+def _sweep(
+    selected: Candidate, row: Row, flush: Flush, iterations: int, gpu: device.Gpu
+) -> None:
     """Times all legal configs of one problem; adds "sweep", "best_us" and "regret" to the row."""
     problem = selected.problem
-    configs = jax_deepgemm.legal_configs(**problem.shape.selection, num_sms=num_sms)
+    configs = jax_deepgemm.legal_configs(**problem.shape.selection, **gpu)
     swept = measure([Candidate(problem, config) for config in configs], flush, iterations)
     fields = ("config", "time_us", "error", "failed")
     row["sweep"] = [{field: each[field] for field in fields if field in each} for each in swept]

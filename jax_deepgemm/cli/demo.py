@@ -11,7 +11,8 @@ import time
 import jax
 
 import jax_deepgemm
-from jax_deepgemm.arguments import H100_SMS
+from jax_deepgemm import device
+from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS
 from jax_deepgemm.cli import machine, precompile, tables
 from jax_deepgemm.cli.harness import Candidate, Row, is_good, measure, shape_row, time_fields
 from jax_deepgemm.cli.problem import (
@@ -51,14 +52,14 @@ def run(args: argparse.Namespace) -> int:
     tables.console.print(f"{good} of {len(rows)} below {MAX_ERROR:.0e}, {seconds:.0f} s")
     status = 0 if good == len(rows) else 1
     if not gpu:
-        status |= precompile.report_kernels(NAMED_SHAPES["seed"], H100_SMS)
+        status |= precompile.report_kernels(NAMED_SHAPES["seed"], H100_SMS, H100_MEMORY_GBS)
     return status
 
 
 def _on_gpu(gpu: jax.Device, seed: int) -> list[Row]:
-    num_sms = jax_deepgemm.get_num_sms()
+    chip = device.selection()
     candidates = [
-        Candidate(problem, jax_deepgemm.select_config(**problem.shape.selection, num_sms=num_sms))
+        Candidate(problem, jax_deepgemm.select_config(**problem.shape.selection, **chip))
         for problem in random_problems(NAMED_SHAPES["seed"], seed)
     ]
     return measure(candidates, Flush(gpu, dirty_l2=False), GPU_ITERATIONS)

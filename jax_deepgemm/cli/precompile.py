@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.arguments import H100_SMS
+from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS
 from jax_deepgemm.cli import tables
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, SHAPES_HELP, Shape, parse_count, parse_shapes
 from jax_deepgemm.ffi import KernelReport, compile_kernel
@@ -35,7 +35,7 @@ def given_shapes(args: argparse.Namespace) -> list[Shape]:
     return list(dict.fromkeys(itertools.chain(*args.shapes)))
 
 
-def selected_kernels(shapes: Iterable[Shape], num_sms: int) -> list[Kernel]:
+def selected_kernels(shapes: Iterable[Shape], num_sms: int, memory_gbs: int) -> list[Kernel]:
     """Kernels that selection picks for the shapes, each once."""
     return list(
         dict.fromkeys(
@@ -43,7 +43,9 @@ def selected_kernels(shapes: Iterable[Shape], num_sms: int) -> list[Kernel]:
                 shape.op,
                 shape.n,
                 shape.k,
-                jax_deepgemm.select_config(**shape.selection, num_sms=num_sms),
+                jax_deepgemm.select_config(
+                    **shape.selection, num_sms=num_sms, memory_gbs=memory_gbs
+                ),
             )
             for shape in shapes
         )
@@ -82,13 +84,15 @@ def compile_kernels(
     return {kernel: outcomes[kernel] for kernel in kernels}
 
 
-def report_kernels(shapes: Iterable[Shape], num_sms: int, jobs: int | None = None) -> int:
+def report_kernels(
+    shapes: Iterable[Shape], num_sms: int, memory_gbs: int, jobs: int | None = None
+) -> int:
     """Compiles what selection picks for the shapes and prints the table.
 
     Returns:
         Exit status: 1 when a kernel did not compile.
     """
-    outcomes = compile_kernels(selected_kernels(shapes, num_sms), num_sms, jobs)
+    outcomes = compile_kernels(selected_kernels(shapes, num_sms, memory_gbs), num_sms, jobs)
     reports = [
         (*kernel, outcome)
         for kernel, outcome in outcomes.items()
@@ -112,9 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=H100_SMS,
         help=f"SM count of the GPU to compile for ({H100_SMS})",
     )
+    parser.add_argument(
+        "--memory-gbs",
+        type=parse_count,
+        default=H100_MEMORY_GBS,
+        help=f"peak rate of its memory, GB/s ({H100_MEMORY_GBS}; an H200's is 4916)",
+    )
     parser.add_argument("--jobs", type=parse_count, help="compiler threads (the CPU count)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs `compile`."""
-    return report_kernels(given_shapes(args), args.num_sms, args.jobs)
+    return report_kernels(given_shapes(args), args.num_sms, args.memory_gbs, args.jobs)

@@ -237,7 +237,7 @@ class TestMainJob:
             "seconds",
         ):
             assert heading in done.stdout
-        kernels = precompile.selected_kernels(NAMED_SHAPES["seed"], H100_SMS)
+        kernels = precompile.selected_kernels(NAMED_SHAPES["seed"], H100_SMS, H100_MEMORY_GBS)
         assert len(list(tmp_path.rglob("*.cubin"))) == len(kernels) > 10
 
     @pytest.mark.usefixtures("small_seed")

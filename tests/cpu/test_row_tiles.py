@@ -26,7 +26,6 @@ class Tile(NamedTuple):
     rows: int
     group: int
     kind: int
-    alone: int
 
 
 @functools.cache
@@ -66,7 +65,7 @@ def search(
 
 def cut(m: int, rows: int, group: int, kind: int, block_m: int) -> list[Tile]:
     return [
-        Tile(m + i, rows - i, group, kind, rows <= block_m) for i in range(0, max(rows, 0), block_m)
+        Tile(m + i, rows - i, group, kind) for i in range(0, max(rows, 0), block_m)
     ]
 
 
