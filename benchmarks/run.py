@@ -13,5 +13,5 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
-    published = ["--shapes", "seed", "ragged", "--moe", "--chain", "--quantize"]
+    published = ["--shapes", "seed", "decode", "ragged", "--moe", "--chain", "--quantize"]
     sys.exit(main(["bench", *published, "--output", str(RESULTS), *sys.argv[1:]]))

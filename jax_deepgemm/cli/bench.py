@@ -343,9 +343,7 @@ def _measure(
     return rows
 
 
-def _sweep(
-    selected: Candidate, row: Row, flush: Flush, iterations: int, gpu: device.Gpu
-) -> None:
+def _sweep(selected: Candidate, row: Row, flush: Flush, iterations: int, gpu: device.Gpu) -> None:
     """Times all legal configs of one problem; adds "sweep", "best_us" and "regret" to the row."""
     problem = selected.problem
     configs = jax_deepgemm.legal_configs(**problem.shape.selection, **gpu)

@@ -150,7 +150,7 @@ NAMED_SHAPES = {
     "seed": _DENSE + _GROUPED,
     "dense": _DENSE,
     "grouped": _GROUPED,
-    "decode": _dense(1, 8, 16, 32),
+    "decode": _dense(1, 8, 16, 32, 48),
     "ragged": _grouped(
         RAGGED, (4, 8192), (8, 4096), (8, 64), (32, 64), (256, 10), (384, 8), (512, 8)
     ),
@@ -168,7 +168,7 @@ SHAPES_HELP = (
     "MxNxK (dense) or OP:GxMxNxK (OP contiguous, masked or ragged, G groups of M rows), separated "
     "by commas or spaces, or a named set: seed (the next two), dense (DeepSeek-V3's dense shapes, "
     "m = 64, 128, 4096), grouped (its experts, contiguous and masked), ragged (up to 512 experts), "
-    "decode (as dense, m = 1, 8, 16, 32), a model's layers at 1 to 256 tokens "
+    "decode (as dense, m = 1, 8, 16, 32, 48), a model's layers at 1 to 256 tokens "
     f"({', '.join(MODELS)}), training (all of them at {TRAINING_TOKENS} tokens per device)"
 )
 

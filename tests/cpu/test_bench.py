@@ -97,7 +97,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "MAX_ERROR", 1e-4)
     monkeypatch.setattr(bench, "Flush", NoFlush)
     monkeypatch.setattr(machine, "hopper_gpu", lambda: jax.devices("cpu")[0])
-    monkeypatch.setattr(jax_deepgemm, "get_num_sms", lambda: 132)
+    monkeypatch.setattr(jax_deepgemm.device, "get_num_sms", lambda: 132)
     monkeypatch.setattr(jax_deepgemm, "select_config", lambda **problem: CONFIGS[0])
     monkeypatch.setattr(jax_deepgemm, "legal_configs", lambda **problem: CONFIGS)
     monkeypatch.setattr(tables, "console", tables.Console(width=200))

@@ -16,7 +16,7 @@ import pytest
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.arguments import H100_SMS
+from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS
 from jax_deepgemm.cli import demo, main, moe, precompile, tables
 from jax_deepgemm.cli.problem import (
     MAX_CHECKED_ROWS,
@@ -74,7 +74,7 @@ class TestShapes:
 
     def test_named_sets(self) -> None:
         sizes = {name: len(parse_shapes(name)) for name in NAMED_SHAPES}
-        deepgemm = {"seed": 28, "dense": 18, "grouped": 10, "decode": 24, "ragged": 14}
+        deepgemm = {"seed": 28, "dense": 18, "grouped": 10, "decode": 30, "ragged": 14}
         models = {"deepseek-v3": 40, "qwen3-moe": 20, "kimi-k2": 30, "glm": 25, "training": 22}
         assert sizes == deepgemm | models
         assert parse_shapes("dense,grouped") == NAMED_SHAPES["seed"]
@@ -314,20 +314,25 @@ class TestCompile:
     def test_sm_count_reaches_selection_and_compiler(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        def select(m: int, n: int, k: int, *, num_sms: int, **groups: Any) -> GemmConfig:
+        def select(
+            m: int, n: int, k: int, *, num_sms: int, memory_gbs: int, **groups: Any
+        ) -> GemmConfig:
             assert (m, groups) == (320, {"op": "masked", "num_groups": 5, "expected_m": 64})
-            return GemmConfig(64, 64, num_stages=num_sms)
+            return GemmConfig(64, memory_gbs, num_stages=num_sms)
 
         def compile_kernel(n: int, k: int, config: GemmConfig, *, op: str, num_sms: int) -> None:
             raise RuntimeError(
-                f"{op} {n=} {k=} selected for {config.num_stages}, compiled for {num_sms}"
+                f"{op} {n=} {k=} selected for {config.num_stages} and {config.block_n}, "
+                f"compiled for {num_sms}"
             )
 
         monkeypatch.setattr(jax_deepgemm, "select_config", select)
         monkeypatch.setattr(precompile, "compile_kernel", compile_kernel)
         monkeypatch.setattr(tables, "console", tables.Console(width=140))
-        assert main(["compile", "--shapes", "masked:5x64x256x384", "--num-sms", "78"]) == 1
-        assert "masked n=256 k=384 selected for 78, compiled for 78" in capsys.readouterr().out
+        gpu = ["--num-sms", "78", "--memory-gbs", "4000"]
+        assert main(["compile", "--shapes", "masked:5x64x256x384", *gpu]) == 1
+        told = "masked n=256 k=384 selected for 78 and 4000, compiled for 78"
+        assert told in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "shapes",

@@ -512,3 +512,18 @@ def test_smem_bytes_counts_the_rings() -> None:
     stage = (BASE.block_m + BASE.block_n) * 128 + scales + 4 * 4 + 2 * 8
     assert smem_bytes(deeper) - smem_bytes(BASE) == stage
     assert jax_deepgemm.smem_bytes is smem_bytes
+
+
+def test_memory_rate_decides_how_deep_rings_are() -> None:
+    slow = select_config(64, 7168, 16384)
+    fast = select_config(64, 7168, 16384, memory_gbs=4916)
+    assert slow.num_stages < fast.num_stages
+    shallow = dataclasses.replace(fast, num_stages=slow.num_stages)
+    assert shallow == slow, "nothing else differs here"
+
+
+@pytest.mark.parametrize("memory_gbs", [0, -1])
+def test_memory_rate_is_positive(memory_gbs: int) -> None:
+    with pytest.raises(ValueError) as raised:
+        select_config(64, 256, 512, memory_gbs=memory_gbs)
+    assert str(raised.value) == f"select_config: memory_gbs must be at least 1, got {memory_gbs}"

@@ -64,9 +64,7 @@ def search(
 
 
 def cut(m: int, rows: int, group: int, kind: int, block_m: int) -> list[Tile]:
-    return [
-        Tile(m + i, rows - i, group, kind) for i in range(0, max(rows, 0), block_m)
-    ]
+    return [Tile(m + i, rows - i, group, kind) for i in range(0, max(rows, 0), block_m)]
 
 
 KERNELS = [(64, 8), (128, 3), (256, 32)]  # block_m, raster_m
