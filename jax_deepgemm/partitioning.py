@@ -168,11 +168,11 @@ def automatic_plan(
     for summed in ("g", "k") if dimensions.sums_groups else ("k",):
         for name in "gmn":
             axes = plan[summed]
-            scattered = axes and of_d[name] == axes and not plan.get(name)
-            if scattered and sizes[name] % math.prod(mesh_shape[axis] for axis in axes) == 0:
-                # Groups' sum takes two columns at a time, which may not be cut.
-                if (summed, name) != ("g", "n"):
-                    plan[summed + name] = axes
+            wanted = axes and of_d[name] == axes and not plan.get(name)
+            divides = sizes.get(name, 0) % math.prod(mesh_shape[axis] for axis in axes) == 0
+            # The groups' sum takes two columns at a time, which may not be cut.
+            if wanted and divides and (summed, name) != ("g", "n"):
+                plan[summed + name] = axes
     return plan
 
 
