@@ -789,9 +789,25 @@ def linear_backward(
 linear.defvjp(linear_forward, linear_backward)
 
 
+@jax.custom_vjp
+def nested(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same with another gradient of one's own around it."""
+    return linear(x, w)
+
+
+def nested_forward(x: jax.Array, w: jax.Array) -> Any:
+    return jax.vjp(linear, x, w)
+
+
+nested.defvjp(nested_forward, lambda linear_transpose, d: linear_transpose(d))
+
+
+@pytest.mark.parametrize("layer", [linear, nested], ids=["linear", "nested"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("how", ["shard_map", "jit"])
-def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
+def test_gradients_on_four_devices(
+    how: str, kind: AxisType, layer: Callable[[jax.Array, jax.Array], jax.Array]
+) -> None:
     """A gradient of one's own is that of one device: no factor of four, no part missing."""
     rng = np.random.default_rng(0)
     x, w, t = (
@@ -799,7 +815,7 @@ def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
     )
 
     def loss(x: jax.Array, w: jax.Array, t: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(linear(x, w) - t))
+        return jnp.sum(jnp.square(layer(x, w) - t))
 
     expected = jax.jit(jax.grad(loss, (0, 1)))(x, w, t)
     mesh = mesh_of(kind, x=4)
@@ -820,3 +836,77 @@ def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
         # Shards of rows are quantised in other blocks: FP8's errors differ, and no more than that.
         assert numerics.error(np.asarray(a), np.asarray(e)) < 2e-3
         np.testing.assert_allclose(np.linalg.norm(a), np.linalg.norm(e), rtol=1e-2)
+
+
+def experts(op: str, x: jax.Array, w: jax.Array, array: jax.Array) -> jax.Array:
+    """Rows times their group's matrix, in FP8, with a gradient that is float32's."""
+
+    @jax.custom_vjp
+    def layer(x: jax.Array, w: jax.Array, array: jax.Array) -> jax.Array:
+        lhs, rhs = jax_deepgemm.quantize_per_token(x), jax_deepgemm.quantize_per_block(w)
+        return grouped_cases.call(op, *lhs, *rhs, array).astype(jnp.float32)
+
+    def forward(x: jax.Array, w: jax.Array, array: jax.Array) -> Any:
+        d = layer(x, w, array)
+        # Of the same rows, so that the residuals vary as the operation's result does.
+        return d, (x, w, array, d)
+
+    def backward(residuals: Any, d: jax.Array) -> Any:
+        x, w, array, out = residuals
+        kept = jnp.where(out == 0, 0, d)
+        if op == "masked":
+            return jnp.einsum("gmn,gnk->gmk", kept, w), jnp.einsum("gmn,gmk->gnk", kept, x), None
+        groups = len(w)
+        ends = jnp.cumsum(array) if op == "ragged" else None
+        of_row = array if ends is None else jnp.searchsorted(ends, jnp.arange(len(x)), "right")
+        hot = (of_row[:, None] == jnp.arange(groups)).astype(jnp.float32)
+        return (
+            jnp.einsum("mg,mn,gnk->mk", hot, kept, w),
+            jnp.einsum("mg,mn,mk->gnk", hot, kept, x),
+            None,
+        )
+
+    layer.defvjp(forward, backward)
+    return layer(x, w, array)
+
+
+@pytest.mark.parametrize("op", grouped_cases.OPS)
+def test_gradients_of_groups_on_four_devices(op: str) -> None:
+    """Weights on every device: each adds up the gradients of its rows, and XLA those, once."""
+    groups, n, k = 4, 24, 144
+    rng = np.random.default_rng(0)
+    rows = (groups, 32) if op == "masked" else (512,)
+    x, w, t = (
+        rng.standard_normal(s, dtype=np.float32) for s in ((*rows, k), (groups, n, k), (*rows, n))
+    )
+    array = {
+        "contiguous": np.arange(4, dtype=np.int32).repeat(128),
+        "masked": np.full(groups, 8, np.int32),
+        "ragged": np.array([10, 60, 8, 50], np.int32),
+    }[op]
+
+    def loss(x: jax.Array, w: jax.Array, t: jax.Array, array: jax.Array) -> jax.Array:
+        d = experts(op, x, w, array)
+        return jnp.sum(jnp.where(d == 0, 0, jnp.square(d - t)))
+
+    split = P(None, "x") if op == "masked" else P("x")
+    of_array = P("x") if op == "contiguous" else P()
+
+    def body(x: jax.Array, w: jax.Array, t: jax.Array, array: jax.Array) -> jax.Array:
+        return jax.lax.psum(loss(x, jax.lax.pcast(w, "x", to="varying"), t, array), "x")
+
+    # What each device is to compute, one after the other: the same counts for each shard of rows.
+    def alone(x: jax.Array, w: jax.Array, t: jax.Array) -> jax.Array:
+        def shard(i: int, v: jax.Array) -> jax.Array:
+            return jnp.split(v, 4, axis=1 if op == "masked" else 0)[i]
+
+        arrays = jnp.split(jnp.asarray(array), 4) if op == "contiguous" else [array] * 4
+        return jnp.sum(jnp.stack([loss(shard(i, x), w, shard(i, t), arrays[i]) for i in range(4)]))
+
+    mesh = mesh_of(x=4)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(split, P(), split, of_array), out_specs=P())
+    expected = jax.jit(jax.grad(alone, (0, 1)))(x, w, t)
+    actual = jax.jit(jax.grad(mapped, (0, 1)))(x, w, t, array)
+    for a, e in zip(actual, expected, strict=True):
+        assert np.abs(np.asarray(e)).max() > 1
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=1e-3, atol=1e-3)
