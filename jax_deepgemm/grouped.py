@@ -268,7 +268,8 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
         expected_m: the rows of a group that are to be expected, at least 1; more than max_m counts
             as max_m. A hint by which the kernel is chosen, without influence on what is computed.
         fill: what becomes of the rows of d from masked_m[g] on. "undefined": on a GPU they are not
-            written and hold whatever was in that memory, NaN perhaps. "zero": they are zeros.
+            written and hold whatever was in that memory, NaN perhaps; where it is traced under
+            `jax.debug_nans` or `jax.debug_infs`, they are zeros. "zero": they are zeros.
         config: the kernel to run on a GPU; by default `select_config` chooses by shape.
         batch_invariant: as for `gemm_fp8_fp8_bf16_nt`.
 
@@ -295,7 +296,9 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     parameters = options(
         _MASKED, "masked", sizes, config, expected_m=expected_m, batch_invariant=batch_invariant
     )
-    return bind_masked(*operands, counts, fill_zero=fill == "zero", **parameters)
+    # What JAX looks for must not be found in rows that nobody reads.
+    checked = any(getattr(jax.config, f"jax_debug_{kind}", False) for kind in ("nans", "infs"))
+    return bind_masked(*operands, counts, fill_zero=fill == "zero" or checked, **parameters)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(

@@ -7,6 +7,8 @@ A plan says which dimensions are split over which mesh axes; `compute` is what a
 - groups: its own groups, zero in rows of others; in the sum over devices, all terms of a row but
   one are zero, and no bit of that one changes. Masked groups are problems apart: no sum.
 
+Of a sum over devices each gets all, or the part of it that it is to keep.
+
 Weights stay where they are wherever that is possible: see `automatic_plan`.
 """
 
@@ -21,19 +23,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 from numpy.typing import NDArray
 
 from jax_deepgemm._version import __version__
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import no_mesh
+from jax_deepgemm.ffi.primitive import free_axis, no_mesh
 from jax_deepgemm.reference import BLOCK
 
 Axes = tuple[str, ...]
 """Mesh axes that one dimension is split over, the major one first."""
 
 Plan = Mapping[str, Axes]
-"""The axes of each of the dimensions g, m, n and k."""
+"""The axes of each of the dimensions g, m, n and k.
+
+Two letters, such as km: the sum over the first, which is split, leaves each device one part of the
+second dimension of the result.
+"""
 
 
 class Dimensions(NamedTuple):
@@ -151,6 +164,15 @@ def automatic_plan(
         claim(name, of_d[name])
     for name in "gmk":
         claim(name, of_a[name])
+    # Where the result is wanted split as a sum is, each device adds up what it keeps.
+    for summed in ("g", "k") if dimensions.sums_groups else ("k",):
+        for name in "gmn":
+            axes = plan[summed]
+            wanted = axes and of_d[name] == axes and not plan.get(name)
+            divides = sizes.get(name, 0) % math.prod(mesh_shape[axis] for axis in axes) == 0
+            # The groups' sum takes two columns at a time, which may not be cut.
+            if wanted and divides and (summed, name) != ("g", "n"):
+                plan[summed + name] = axes
     return plan
 
 
@@ -210,7 +232,8 @@ def operand_specs(
 
 def result_spec(dimensions: Dimensions, plan: Plan) -> PartitionSpec:
     """How a plan's result is split."""
-    return _spec(dimensions.result, plan)
+    scattered = {name[1]: axes for name, axes in plan.items() if len(name) == 2}
+    return _spec(dimensions.result, {**plan, **scattered})
 
 
 def _spec(names: str, plan: Plan) -> PartitionSpec:
@@ -244,9 +267,10 @@ def compute(
         parameters: of the operation as a whole.
     """
     a, sfa, b, sfb, *arrays = operands
-    local = {name: sizes[name] // _parts(plan, name, mesh_shape) for name in plan}
+    local = {name: sizes[name] // _parts(plan, name, mesh_shape) for name in "gmnk" if name in plan}
     shard = Shard(
-        {name: lax.axis_index(axes) * local[name] for name, axes in plan.items() if axes}, local
+        {name: lax.axis_index(plan[name]) * size for name, size in local.items() if plan[name]},
+        local,
     )
     assignment, parameters = localize(shard, arrays, parameters)
     if "k" in shard.starts and local["k"] % BLOCK:
@@ -258,14 +282,25 @@ def compute(
     d = function(a, sfa, b, sfb, *assignment, **parameters)
     if first_column is not None:
         d = lax.dynamic_slice_in_dim(d, first_column, local["n"], axis=d.ndim - 1)
+    kept = {name[0]: dimensions.result.index(name[1]) for name in plan if len(name) == 2}
     if dimensions.sums_groups and plan["g"]:
-        d = _sum_of_one(d, plan["g"])
+        d = _sum_of_one(d, plan["g"], kept.get("g"))
     if plan["k"]:
-        d = lax.psum(d.astype(jnp.float32), plan["k"]).astype(d.dtype)
+        d = _sum(d.astype(jnp.float32), plan["k"], kept.get("k")).astype(d.dtype)
     return d
 
 
-def _sum_of_one(d: jax.Array, axes: Axes) -> jax.Array:
+def _sum(d: jax.Array, axes: Axes, kept: int | None) -> jax.Array:
+    """Adds up over devices; each keeps its part of the dimension `kept`, or all if that is None."""
+    total: jax.Array = (
+        lax.psum(d, axes)
+        if kept is None
+        else lax.psum_scatter(d, axes, scatter_dimension=kept, tiled=True)
+    )
+    return total
+
+
+def _sum_of_one(d: jax.Array, axes: Axes, kept: int | None) -> jax.Array:
     """Adds up over devices what is +0 on all but one of them, without changing a bit.
 
     Two values at a time, as an integer: no sign of a zero and no NaN is lost, it takes no more
@@ -274,8 +309,8 @@ def _sum_of_one(d: jax.Array, axes: Axes) -> jax.Array:
     *rows, n = d.shape
     even = jnp.pad(d, [(0, 0)] * len(rows) + [(0, 1)]) if n % 2 else d
     pairs = lax.bitcast_convert_type(even.reshape(*rows, -1, 2), jnp.uint32)
-    total = lax.bitcast_convert_type(lax.psum(pairs, axes), d.dtype).reshape(even.shape)
-    return total[..., :n]
+    total = lax.bitcast_convert_type(_sum(pairs, axes, kept), d.dtype)
+    return total.reshape(*total.shape[:-2], -1)[..., :n]
 
 
 def _place(
@@ -324,50 +359,74 @@ class Partitioning(NamedTuple):
     m_unit: int = 1
 
     def automatic(
-        self, bind: Callable[..., jax.Array], shapes: Sequence[Any], parameters: dict[str, Any]
+        self,
+        bind: Callable[..., jax.Array],
+        shapes: Sequence[Any],
+        parameters: dict[str, Any],
+        manual: AbstractMesh | None,
     ) -> Callable[..., jax.Array]:
-        """Returns the operation as a call that XLA asks, once it knows shardings, how to split."""
+        """Returns the operation as a call that XLA asks, once it knows shardings, how to split.
+
+        Args:
+            bind: as for `compute`.
+            shapes: of the operands.
+            parameters: of the operation.
+            manual: inside a `jax.shard_map` that leaves an axis to XLA (`free_axis`), its mesh.
+        """
         sizes = dimension_sizes(self.dimensions, [shape.shape for shape in shapes])
+        axis = None if manual is None else free_axis(manual)
 
         def whole(*operands: jax.Array) -> jax.Array:
             return bind(*operands[:-1], **parameters)
 
         def plan_for(
             mesh: Mesh, arguments: Sequence[Any], result: Any
-        ) -> tuple[Mesh, dict[str, Axes]]:
-            if mesh.empty:
-                devices = sorted(arguments[0].sharding.device_set, key=lambda device: device.id)
-                mesh = Mesh(np.array(devices), ("devices",))
-            specs = [spec_on(mesh, argument) for argument in arguments[:-1]]
+        ) -> tuple[Mesh | AbstractMesh, dict[str, Axes]]:
+            """The mesh of which axes split dimensions, and by which they do."""
+            split: Mesh | AbstractMesh = mesh
+            if axis is not None:
+                assert manual is not None
+                split = AbstractMesh((manual.shape[axis],), (axis,))
+                specs = [_spec_on_axis(axis, x) for x in (*arguments[:-1], result)]
+            else:
+                if mesh.empty:
+                    devices = sorted(arguments[0].sharding.device_set, key=lambda device: device.id)
+                    split = mesh = Mesh(np.array(devices), ("devices",))
+                specs = [spec_on(mesh, x) for x in (*arguments[:-1], result)]
+            *of_operands, of_result = specs
             plan = automatic_plan(
-                self.dimensions, specs, spec_on(mesh, result), sizes, mesh.shape, self.m_unit
+                self.dimensions, of_operands, of_result, sizes, split.shape, self.m_unit
             )
-            return mesh, plan
+            return split, plan
 
         def partition(mesh: Mesh, arguments: Sequence[Any], result: Any) -> tuple[Any, ...]:
-            mesh, plan = plan_for(mesh, arguments, result)
+            split, plan = plan_for(mesh, arguments, result)
 
             def part(*operands: jax.Array) -> jax.Array:
-                with no_mesh():
+                # Called eagerly, this runs under the `jax.shard_map`, and types must say what they
+                # vary over.
+                with no_mesh() if manual is None else use_abstract_mesh(_of_kind(manual, "Manual")):
                     return compute(
                         bind,
                         self.dimensions,
                         self.localize,
                         plan,
                         sizes,
-                        mesh.shape,
+                        split.shape,
                         operands[:-1],
                         parameters,
                     )
 
-            specs = operand_specs(self.dimensions, plan, sizes, mesh.shape)
-            arg_shardings = (*(NamedSharding(mesh, spec) for spec in specs), _replicated(mesh))
-            d_sharding = NamedSharding(mesh, result_spec(self.dimensions, plan))
-            return mesh, part, d_sharding, arg_shardings
+            specs = operand_specs(self.dimensions, plan, sizes, split.shape)
+            arg_shardings = (*(NamedSharding(split, spec) for spec in specs), _replicated(split))
+            d_sharding = NamedSharding(split, result_spec(self.dimensions, plan))
+            # What the parts communicate is numbered for the whole program.
+            program = split if manual is None else _of_kind(manual, "Auto")
+            return program, part, d_sharding, arg_shardings
 
         def infer(mesh: Mesh, arguments: Sequence[Any], result: Any) -> NamedSharding:
-            mesh, plan = plan_for(mesh, arguments, result)
-            return NamedSharding(mesh, result_spec(self.dimensions, plan))
+            split, plan = plan_for(mesh, arguments, result)
+            return NamedSharding(split, result_spec(self.dimensions, plan))
 
         call = custom_partitioning(whole)
         call.def_partition(
@@ -462,8 +521,22 @@ def _explicit_call(
     return jax.jit(split)  # op by op, JAX 0.11.2 crashes on some operations of a shard_map
 
 
-def _replicated(mesh: Mesh) -> NamedSharding:
+def _replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def _of_kind(mesh: AbstractMesh, kind: str) -> AbstractMesh:
+    kinds = (AxisType[kind],) * len(mesh.axis_names)
+    return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
+
+
+def _spec_on_axis(axis: str, argument: Any) -> PartitionSpec:
+    """How XLA splits an argument by the one axis of its choice: what is split, that axis splits."""
+    if argument.sharding is None:  # a result of which nothing is known
+        return PartitionSpec()
+    parts = argument.sharding.shard_shape(argument.shape)
+    split = (whole != part for whole, part in zip(argument.shape, parts, strict=True))
+    return PartitionSpec(*(axis if each else None for each in split))
 
 
 def spec_on(mesh: Mesh, argument: Any) -> PartitionSpec:

@@ -39,10 +39,10 @@ def declare(
 ) -> Callable[..., jax.Array]:
     """Returns the function that binds a new primitive; operands are positional, parameters not.
 
-    Where XLA may partition the program, that is outside of `jax.shard_map`, the primitive carries
-    the jaxpr of a call that XLA asks how to split. It has a rule for `jax.vmap`, which such a call
-    has not; and JAX, which looks for the call in jaxprs, finds it there. Each device then binds a
-    primitive without one.
+    Where XLA may partition the program, that is outside of `jax.shard_map` or over an axis that it
+    leaves out, the primitive carries the jaxpr of a call that XLA asks how to split. It has a rule
+    for `jax.vmap`, which such a call has not; and JAX, which looks for the call in jaxprs, finds it
+    there. Each device then binds a primitive without one.
 
     Args:
         name: the primitive's name, as jaxprs show it.
@@ -56,9 +56,10 @@ def declare(
             result is a matrix, too: the rows of the result, whatever the dimensions before its
             last.
         batching_rule: (bind, operands, batch axes, parameters) -> batched result and its axis.
-        partition: (bind on one device, operand shapes, parameters) -> the operation on operands
-            that XLA may split; without it XLA computes everything on every device.
-        explicit: (bind on one device, operands, parameters) -> the result on a mesh with explicit
+        partition: (bind on one device, operand shapes, parameters, mesh) -> the operation on
+            operands that XLA may split; without it XLA computes everything on every device. The
+            mesh is that of a `jax.shard_map` with a `free_axis`, else None.
+        explicit: (bind on each device, operands, parameters) -> the result on a mesh with explicit
             axes, None if the operands' types have no such axes.
     """
     primitive = Primitive(f"{name}_local")  # what one device computes
@@ -110,47 +111,68 @@ def declare(
 
     def bind_here(*operands: jax.Array, **parameters: Any) -> jax.Array:
         """On this device, or on each device of a `jax.shard_map`."""
-        # Operands that vary over fewer axes are cast here, outside the primitive, where the cast's
-        # transpose (a psum) belongs.
-        varying = _varying([jax.typeof(operand) for operand in operands])
-        cast = [_cast_to_varying(operand, varying) for operand in operands]
-        output: jax.Array = primitive.bind(*cast, **parameters)
+        output: jax.Array = primitive.bind(*_cast_alike(operands), **parameters)
         return output
 
     @functools.lru_cache(maxsize=4096)  # one object for one call: JAX's caches compare identities
     def call_of(
-        shapes: tuple[Any, ...], parameters: tuple[tuple[str, Any], ...], shardy: bool
-    ) -> ClosedJaxpr:
+        shapes: tuple[Any, ...],
+        parameters: tuple[tuple[str, Any], ...],
+        manual: AbstractMesh | None,
+        shardy: bool,
+    ) -> ClosedJaxpr | Callable[..., Sequence[jax.Array]]:
         assert partition is not None
         structs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         with no_mesh():
-            return jax.make_jaxpr(partition(bind_here, structs, dict(parameters)))(*structs)
+            call = jax.make_jaxpr(partition(bind_here, structs, dict(parameters), manual))(*structs)
+        # JAX refuses to lower such a call, if it sees one, without devices.
+        return call if manual is None else jaxpr_as_fun(call)
+
+    def bind_splittable(*operands: jax.Array, **parameters: Any) -> jax.Array:
+        """As XLA splits it, where the context leaves that to XLA."""
+        if partition is None:
+            return bind_here(*operands, **parameters)
+        meshes = (get_abstract_mesh(), *(jax.typeof(operand).sharding.mesh for operand in operands))
+        mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+        manual = mesh if mesh is not None and AxisType.Manual in mesh.axis_types else None
+        # The call is not the same for XLA's older partitioner.
+        shardy = bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+        nothing_is_left = mesh is not None and AxisType.Auto not in mesh.axis_types
+        if nothing_is_left or (manual is not None and not (shardy and free_axis(manual))):
+            return bind_here(*operands, **parameters)
+        shapes = tuple((operand.shape, operand.dtype) for operand in operands)
+        call = call_of(shapes, tuple(sorted(parameters.items())), manual, shardy)
+        output: jax.Array = partitioned.bind(*_cast_alike(operands), call=call, **parameters)
+        return output
 
     def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
         if explicit is not None:
-            split = explicit(bind_here, operands, parameters)
+            split = explicit(bind_splittable, operands, parameters)
             if split is not None:
                 return split
-        if partition is None or AxisType.Manual in get_abstract_mesh().axis_types:
-            return bind_here(*operands, **parameters)
-        shapes = tuple((operand.shape, operand.dtype) for operand in operands)
-        # The call is not the same for XLA's older partitioner.
-        shardy = bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
-        call = call_of(shapes, tuple(sorted(parameters.items())), shardy)
-        output: jax.Array = partitioned.bind(*operands, call=call, **parameters)
-        return output
+        return bind_splittable(*operands, **parameters)
 
-    def lower(context: Any, *operands: Any, call: ClosedJaxpr, **parameters: Any) -> Any:
+    def lower(
+        context: Any,
+        *operands: Any,
+        call: ClosedJaxpr | Callable[..., Sequence[jax.Array]],
+        **parameters: Any,
+    ) -> Any:
         def here(*operands: jax.Array) -> jax.Array:
             with no_mesh():
                 return bind_here(*operands, **parameters)
 
         def split(*operands: jax.Array) -> jax.Array:
-            d: jax.Array = jaxpr_as_fun(call)(*operands)[0]
-            return d
+            function = jaxpr_as_fun(call) if isinstance(call, ClosedJaxpr) else call
+            return function(*operands)[0]
 
-        several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
-        function = split if several else here
+        def gathered(*operands: jax.Array) -> jax.Array:
+            return bind_here(*operands, **parameters)
+
+        axes = context.module_context.axis_context
+        function = here if getattr(axes, "num_devices", None) == 1 else split
+        if not isinstance(call, ClosedJaxpr) and isinstance(axes.mesh, AbstractMesh):
+            function = gathered  # JAX wants the devices of a call that XLA asks, here unknown
         return mlir.lower_fun(function, multiple_results=False)(context, *operands)
 
     mlir.register_lowering(partitioned, lower)
@@ -161,7 +183,7 @@ def declare(
         def batch(
             operands: Sequence[jax.Array],
             axes: Sequence[int | None],
-            call: ClosedJaxpr | None = None,
+            call: Any = None,
             **parameters: Any,
         ) -> tuple[jax.Array, int]:
             return rule(bind, operands, axes, parameters)
@@ -182,6 +204,29 @@ def _varying(avals: Sequence[Any]) -> frozenset[str]:
     return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
 
 
+def _cast_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Casts operands that vary over fewer mesh axes than others.
+
+    That is done outside the primitive, where the cast's transpose (a psum) belongs.
+    """
+    varying = _varying([jax.typeof(operand) for operand in operands])
+    return [_cast_to_varying(operand, varying) for operand in operands]
+
+
 def _cast_to_varying(operand: jax.Array, varying: frozenset[str]) -> jax.Array:
     missing = varying - jax.typeof(operand).manual_axis_type.varying
     return jax.lax.pcast(operand, tuple(sorted(missing)), to="varying") if missing else operand
+
+
+def free_axis(mesh: AbstractMesh) -> str | None:
+    """The one axis that is left to XLA inside a `jax.shard_map` over others, None if there is none.
+
+    Nor is there one if there are several: XLA does not say in which order it takes the devices
+    along them, so that operations are not split over any.
+    """
+    free = [
+        (name, kind)
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual and mesh.shape[name] > 1
+    ]
+    return free[0][0] if len(free) == 1 and free[0][1] == AxisType.Auto else None

@@ -6,6 +6,7 @@ GPUs; tests/gpu/test_devices.py repeats what the kernels can change. The plain c
 """
 
 import collections
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -218,8 +219,8 @@ def test_automatic_sharding(op: str, plan: Plan, communicated: set[str], n: int,
     assert set(collectives(case.function, *operands)) == communicated
 
 
-# How a [m, k], b [n, k] come and d is wanted (None: as XLA likes), and whether this communicates
-# as jnp.dot does. Where not, dot gathers b.
+# How a [m, k], b [n, k] come and d is wanted (None: as XLA likes), and what this communicates: as
+# much as jnp.dot does (True), or else this, where dot gathers b or adds up what it then slices.
 AGAINST_DOT = {
     "m": (P("x"), P(), None, True),
     "n": (P(), P("x"), None, True),
@@ -227,20 +228,20 @@ AGAINST_DOT = {
     "m-and-n": (P("x"), P("y"), None, True),
     "m-and-k": (P("x", "y"), P(None, "y"), None, True),
     "k-of-a": (P(None, "x"), P(), None, True),
-    "k-of-b": (P(), P(None, "x"), None, False),
+    "k-of-b": (P(), P(None, "x"), None, "all-reduce"),
     "result-is-wanted-whole": (P("x"), P(), P(), True),
-    "rows-scattered-after-the-sum": (P(None, "x"), P(None, "x"), P("x"), True),
+    "rows-scattered-after-the-sum": (P(None, "x"), P(None, "x"), P("x"), "reduce-scatter"),
     "one-axis-for-m-and-n": (P("x"), P("x"), None, True),
     "weights-sharded-for-storage": (P("x"), P("x"), P("x"), True),
     "weights-sharded-for-storage-by-k": (P("x"), P(None, "x"), P("x"), True),
     "rows-sharded-for-storage": (P("x"), P("x"), P(None, "x"), True),
-    "k-of-b-and-rows-wanted": (P(), P(None, "x"), P("x"), False),
+    "k-of-b-and-rows-wanted": (P(), P(None, "x"), P("x"), "reduce-scatter"),
 }
 
 
 @pytest.mark.parametrize(("a", "b", "d", "same"), AGAINST_DOT.values(), ids=list(AGAINST_DOT))
 def test_communicates_like_dot(
-    a: PartitionSpec, b: PartitionSpec, d: PartitionSpec | None, same: bool
+    a: PartitionSpec, b: PartitionSpec, d: PartitionSpec | None, same: bool | str
 ) -> None:
     mesh = mesh_of(x=4, y=2)
     case = make("dense", 64, 512, 1024)
@@ -258,11 +259,12 @@ def test_communicates_like_dot(
     case.check(ours(*operands))
     assert ours(*operands).sharding.is_equivalent_to(dot(*matrices).sharding, 2)
     kinds = set(collectives(ours, *operands))
-    if same:
+    if same is True:
         assert kinds == set(collectives(dot, *matrices))
     else:
-        assert kinds == {"all-reduce"}
-        assert "all-gather" in collectives(dot, *matrices)
+        assert kinds == {same}
+        # On GPUs, XLA makes a sum and a slice of it one reduce-scatter; on the CPU it does not.
+        assert set(collectives(dot, *matrices)) & {"all-gather", "all-reduce"}
 
 
 def test_weights_are_gathered_for_split_rows_alone() -> None:
@@ -300,12 +302,45 @@ def test_plans_keep_weights_in_place(op: str) -> None:
             specs = [spec(letters, split) for letters, split in zip(names, splits, strict=False)]
             wanted = spec(result, {"m": axes[2], "n": axes[3]})
             plan = automatic_plan(dimensions, specs, wanted, sizes, {"x": 2, "y": 4}, 1)
-            used = [axis for dimension in plan.values() for axis in dimension]
+            used = [axis for name in "gmnk" for axis in plan.get(name, ())]
             assert len(used) == len(set(used)), f"an axis splits two dimensions: {plan}"
             of_weights = spec_axes(specs[2], names[2].index(of_b))
             stored = of_a == "m" and of_b != "g" and axes[0] == axes[2]
             if of_weights and not (stored and set(of_weights) & set(plan["m"])):
                 assert plan[of_b] == of_weights, f"{splits}, {wanted}: {plan}"
+
+
+SCATTERED = [
+    ("dense", {"k": "x"}, P("x"), {"reduce-scatter"}),
+    ("dense", {"k": "x"}, P(None, "x"), {"reduce-scatter"}),
+    ("dense", {"k": "x"}, P("x", "y"), {"reduce-scatter"}),
+    ("dense", {"k": ("y", "x")}, P(("y", "x")), {"reduce-scatter"}),
+    ("dense", {"k": ("y", "x")}, P(("x", "y")), {"all-reduce"}),
+    ("contiguous", {"g": ("y", "x")}, P(("y", "x")), {"reduce-scatter"}),
+    ("masked", {"k": "x"}, P(None, "x"), {"reduce-scatter"}),
+    ("masked", {"k": "x"}, P("x"), {"reduce-scatter"}),
+    ("ragged", {"g": "x"}, P("x"), {"reduce-scatter"}),
+    ("ragged", {"g": "x"}, P(None, "x"), {"all-reduce"}),
+    ("ragged", {"g": "x", "k": "y"}, P("y", "x"), {"reduce-scatter", "all-reduce"}),
+    ("ragged", {"g": "x", "k": "y"}, P("x", "y"), {"reduce-scatter"}),
+]
+
+
+@pytest.mark.parametrize(("op", "plan", "wanted", "communicated"), SCATTERED)
+def test_sum_is_scattered_where_the_result_is_split(
+    op: str, plan: Plan, wanted: PartitionSpec, communicated: set[str]
+) -> None:
+    """Each device adds up what it keeps, and not all."""
+    case = make(op, 32 if op == "masked" else ROWS[op], 256, 1024)
+    mesh = mesh_of(x=4, y=2)
+    operands = case.put(mesh, plan)
+    function = jax.jit(case.function, out_shardings=NamedSharding(mesh, wanted))
+    d = function(*operands)
+    case.check(d)
+    assert set(collectives(function, *operands)) == communicated
+    if "k" not in plan:
+        whole = jax.jit(case.function)(*case.operands)
+        np.testing.assert_array_equal(*(np.asarray(x).view(np.uint16) for x in (d, whole)))
 
 
 def test_sum_over_groups_is_exact() -> None:
@@ -614,13 +649,115 @@ def test_shard_map_over_some_axes(op: str, kind: AxisType) -> None:
     assert set(varying) == {frozenset({"x"} if plan else ())}
 
 
+LEFT_TO_XLA = [
+    pytest.param(op, {name: "y"}, id=f"{op}-{name}")
+    for op, names in (("dense", "nk"), ("contiguous", "gnk"), ("masked", "mnk"), ("ragged", "gnk"))
+    for name in names
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reverse"),
+    [(AxisType.Auto, False), (AxisType.Explicit, True)],
+    ids=["beside-auto", "beside-explicit"],
+)
+@pytest.mark.parametrize(("op", "left"), LEFT_TO_XLA)
+def test_shard_map_leaves_an_axis_to_xla(
+    op: str, left: Plan, kind: AxisType, reverse: bool
+) -> None:
+    """XLA splits the operation over it: n and k are cut inside blocks, and nothing is gathered."""
+    case = make(op, 24 if op == "masked" else ROWS[op], 192, 656)
+    devices = np.array(jax.devices("cpu")[:8])
+    mesh = (
+        Mesh(devices[::-1].reshape(2, 4), ("y", "x"), axis_types=(AxisType.Auto, kind))
+        if reverse
+        else Mesh(devices.reshape(4, 2), ("x", "y"), axis_types=(kind, AxisType.Auto))
+    )
+    manual: Plan = {"masked": {"g": "x"}, "ragged": {}}.get(op, {"m": "x"})
+    names, letters = DIMENSIONS[op]
+    operands = case.put(mesh, manual | left)
+    mapped = jax.shard_map(
+        case.function,
+        mesh=mesh,
+        in_specs=tuple(spec(x, manual) for x in names),
+        out_specs=spec(letters, manual),
+        axis_names={"x"},
+    )
+    with jax.set_mesh(mesh):
+        d = jax.jit(mapped)(*operands)
+        case.check(d)
+        if "k" in left:
+            case.check(mapped(*operands))  # op by op
+    assert d.sharding.is_equivalent_to(NamedSharding(mesh, spec(letters, manual | left)), d.ndim)
+    summed = "k" in left or "g" in left
+    assert set(collectives(mapped, *operands)) == ({"all-reduce"} if summed else set())
+    # Not the CPU's program alone, which XLA splits without asking.
+    assert cuda_text(mapped, *operands).count("@CustomSPMDPartitioning") == 1
+
+
+def test_shard_map_that_leaves_two_axes_gathers() -> None:
+    """In which order XLA takes their devices is not known: a part would be another's."""
+    case = make("dense", 64, 512, 512)
+    mesh = mesh_of(x=2, y=2, z=2)
+    operands = case.put(mesh, {"m": "x", "n": ("z", "y")})
+    rows = P("x")
+    mapped = jax.shard_map(
+        case.function,
+        mesh=mesh,
+        in_specs=(rows, rows, P(), P()),
+        out_specs=rows,
+        axis_names={"x"},
+    )
+    case.check(jax.jit(mapped)(*operands))
+    (call,) = cuda_calls(cuda_text(mapped, *operands))
+    assert problem_of(call)["n"] == 512
+
+
+@pytest.mark.parametrize("context", [False, True], ids=["operands-say", "context-says"])
+@pytest.mark.parametrize(
+    ("plan", "explicit"),
+    [
+        ({"m": "x", "n": "y"}, P("x")),
+        ({"k": "x", "n": "y"}, P()),
+        ({"n": "x", "k": "y"}, P(None, "x")),
+        ({"n": "y"}, P()),
+    ],
+    ids=["m", "k", "n", "none"],
+)
+def test_auto_axis_beside_an_explicit_one(
+    plan: Plan, explicit: PartitionSpec, context: bool
+) -> None:
+    """Types say what the one splits, and XLA decides over the other."""
+    case = make("dense", 64, 512, 512)
+    devices = np.array(jax.devices("cpu")[:8]).reshape(4, 2)
+    mesh = Mesh(devices, ("x", "y"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    operands = case.put(mesh, plan)
+
+    def check_type(*operands: jax.Array) -> jax.Array:
+        d = case.function(*operands)
+        assert jax.typeof(d).sharding.spec == P(*explicit, *[None] * (2 - len(explicit)))
+        return d
+
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        d = jax.jit(check_type)(*operands)
+        case.check(d)
+        assert d.sharding.is_equivalent_to(NamedSharding(mesh, spec("mn", plan)), 2)
+        assert set(collectives(case.function, *operands)) == (
+            {"all-reduce"} if "k" in plan else set()
+        )
+        case.check(case.function(*operands))
+
+
+@pytest.mark.parametrize("manual", ["y", ""], ids=["all-axes", "some-axes"])
 @pytest.mark.parametrize("op", DIMENSIONS)
-def test_shard_map_lowers_without_devices(op: str) -> None:
+def test_shard_map_lowers_without_devices(op: str, manual: str) -> None:
     """For a mesh that exists elsewhere: nothing here asks for the devices."""
     case = make(op, ROWS[op], 256, 256)
-    mesh = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = AbstractMesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     specs = tuple(P() for _ in case.operands)
-    mapped = jax.shard_map(case.function, mesh=mesh, in_specs=specs, out_specs=P())
+    mapped = jax.shard_map(
+        case.function, mesh=mesh, in_specs=specs, out_specs=P(), axis_names={"x", *manual}
+    )
     whole = NamedSharding(mesh, P())
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in case.operands]
     assert len(cuda_calls(cuda_text(mapped, *shapes))) == 1
@@ -652,9 +789,25 @@ def linear_backward(
 linear.defvjp(linear_forward, linear_backward)
 
 
+@jax.custom_vjp
+def nested(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same with another gradient of one's own around it."""
+    return linear(x, w)
+
+
+def nested_forward(x: jax.Array, w: jax.Array) -> Any:
+    return jax.vjp(linear, x, w)
+
+
+nested.defvjp(nested_forward, lambda linear_transpose, d: linear_transpose(d))
+
+
+@pytest.mark.parametrize("layer", [linear, nested], ids=["linear", "nested"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("how", ["shard_map", "jit"])
-def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
+def test_gradients_on_four_devices(
+    how: str, kind: AxisType, layer: Callable[[jax.Array, jax.Array], jax.Array]
+) -> None:
     """A gradient of one's own is that of one device: no factor of four, no part missing."""
     rng = np.random.default_rng(0)
     x, w, t = (
@@ -662,7 +815,7 @@ def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
     )
 
     def loss(x: jax.Array, w: jax.Array, t: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(linear(x, w) - t))
+        return jnp.sum(jnp.square(layer(x, w) - t))
 
     expected = jax.jit(jax.grad(loss, (0, 1)))(x, w, t)
     mesh = mesh_of(kind, x=4)
@@ -683,3 +836,77 @@ def test_gradients_on_four_devices(how: str, kind: AxisType) -> None:
         # Shards of rows are quantised in other blocks: FP8's errors differ, and no more than that.
         assert numerics.error(np.asarray(a), np.asarray(e)) < 2e-3
         np.testing.assert_allclose(np.linalg.norm(a), np.linalg.norm(e), rtol=1e-2)
+
+
+def experts(op: str, x: jax.Array, w: jax.Array, array: jax.Array) -> jax.Array:
+    """Rows times their group's matrix, in FP8, with a gradient that is float32's."""
+
+    @jax.custom_vjp
+    def layer(x: jax.Array, w: jax.Array, array: jax.Array) -> jax.Array:
+        lhs, rhs = jax_deepgemm.quantize_per_token(x), jax_deepgemm.quantize_per_block(w)
+        return grouped_cases.call(op, *lhs, *rhs, array).astype(jnp.float32)
+
+    def forward(x: jax.Array, w: jax.Array, array: jax.Array) -> Any:
+        d = layer(x, w, array)
+        # Of the same rows, so that the residuals vary as the operation's result does.
+        return d, (x, w, array, d)
+
+    def backward(residuals: Any, d: jax.Array) -> Any:
+        x, w, array, out = residuals
+        kept = jnp.where(out == 0, 0, d)
+        if op == "masked":
+            return jnp.einsum("gmn,gnk->gmk", kept, w), jnp.einsum("gmn,gmk->gnk", kept, x), None
+        groups = len(w)
+        ends = jnp.cumsum(array) if op == "ragged" else None
+        of_row = array if ends is None else jnp.searchsorted(ends, jnp.arange(len(x)), "right")
+        hot = (of_row[:, None] == jnp.arange(groups)).astype(jnp.float32)
+        return (
+            jnp.einsum("mg,mn,gnk->mk", hot, kept, w),
+            jnp.einsum("mg,mn,mk->gnk", hot, kept, x),
+            None,
+        )
+
+    layer.defvjp(forward, backward)
+    return layer(x, w, array)
+
+
+@pytest.mark.parametrize("op", grouped_cases.OPS)
+def test_gradients_of_groups_on_four_devices(op: str) -> None:
+    """Weights on every device: each adds up the gradients of its rows, and XLA those, once."""
+    groups, n, k = 4, 24, 144
+    rng = np.random.default_rng(0)
+    rows = (groups, 32) if op == "masked" else (512,)
+    x, w, t = (
+        rng.standard_normal(s, dtype=np.float32) for s in ((*rows, k), (groups, n, k), (*rows, n))
+    )
+    array = {
+        "contiguous": np.arange(4, dtype=np.int32).repeat(128),
+        "masked": np.full(groups, 8, np.int32),
+        "ragged": np.array([10, 60, 8, 50], np.int32),
+    }[op]
+
+    def loss(x: jax.Array, w: jax.Array, t: jax.Array, array: jax.Array) -> jax.Array:
+        d = experts(op, x, w, array)
+        return jnp.sum(jnp.where(d == 0, 0, jnp.square(d - t)))
+
+    split = P(None, "x") if op == "masked" else P("x")
+    of_array = P("x") if op == "contiguous" else P()
+
+    def body(x: jax.Array, w: jax.Array, t: jax.Array, array: jax.Array) -> jax.Array:
+        return jax.lax.psum(loss(x, jax.lax.pcast(w, "x", to="varying"), t, array), "x")
+
+    # What each device is to compute, one after the other: the same counts for each shard of rows.
+    def alone(x: jax.Array, w: jax.Array, t: jax.Array) -> jax.Array:
+        def shard(i: int, v: jax.Array) -> jax.Array:
+            return jnp.split(v, 4, axis=1 if op == "masked" else 0)[i]
+
+        arrays = jnp.split(jnp.asarray(array), 4) if op == "contiguous" else [array] * 4
+        return jnp.sum(jnp.stack([loss(shard(i, x), w, shard(i, t), arrays[i]) for i in range(4)]))
+
+    mesh = mesh_of(x=4)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(split, P(), split, of_array), out_specs=P())
+    expected = jax.jit(jax.grad(alone, (0, 1)))(x, w, t)
+    actual = jax.jit(jax.grad(mapped, (0, 1)))(x, w, t, array)
+    for a, e in zip(actual, expected, strict=True):
+        assert np.abs(np.asarray(e)).max() > 1
+        np.testing.assert_allclose(np.asarray(a), np.asarray(e), rtol=1e-3, atol=1e-3)

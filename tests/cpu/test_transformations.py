@@ -17,6 +17,7 @@ from jax import lax
 
 import jax_deepgemm
 from tests import grouped_cases, numerics
+from tests.lowering import cuda_calls, cuda_text, problem_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,19 +30,24 @@ class Operation(NamedTuple):
 
 
 def make(op: str) -> Operation:
-    if op == "dense":
-        a, sfa, b, sfb = numerics.dense_operands(13, 24, 144, seed=0)
-        return Operation(
-            lambda a, sfa: jax_deepgemm.gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb)), (a, sfa)
-        )
-    rows = {"contiguous": 256, "masked": 13, "ragged": 40}[op]
-    problem = grouped_cases.Problem(op, 3, rows, 24, 144)
-    a, sfa, b, sfb = problem.operands(seed=0)
-    arrays = problem.random_arrays(np.random.default_rng(0))
-    return Operation(lambda a, sfa: grouped_cases.call(op, a, sfa, b, sfb, *arrays), (a, sfa))
+    function, (a, sfa, *others) = all_operands(op)
+    return Operation(lambda a, sfa: function(a, sfa, *others), (a, sfa))
 
 
 OPS = ("dense", *grouped_cases.OPS)
+
+
+def all_operands(op: str) -> tuple[Callable[..., jax.Array], list[Any]]:
+    """One operation as a function of all of its arrays, and these."""
+    if op == "dense":
+        return (
+            lambda a, sfa, b, sfb: jax_deepgemm.gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb)),
+            list(numerics.dense_operands(13, 24, 144, seed=0)),
+        )
+    rows = {"contiguous": 256, "masked": 13, "ragged": 40}[op]
+    problem = grouped_cases.Problem(op, 3, rows, 24, 144)
+    arrays = problem.random_arrays(np.random.default_rng(0))
+    return lambda *x: grouped_cases.call(op, *x), [*problem.operands(seed=0), *arrays]
 
 
 @pytest.fixture(params=OPS)
@@ -110,11 +116,60 @@ def test_cond(operation: Operation, taken: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-def test_donated_arguments(operation: Operation) -> None:
-    function, lhs = operation
-    expected = bits(function(*lhs))
-    donating = jax.jit(function, donate_argnums=(0, 1))
-    assert bits(donating(*map(jnp.asarray, lhs))) == expected
+@pytest.mark.parametrize("op", OPS)
+def test_donated_arguments(op: str) -> None:
+    """Every array, the weights and the assignment of rows too."""
+    function, operands = all_operands(op)
+    expected = bits(function(*operands))
+    donating = jax.jit(function, donate_argnums=tuple(range(len(operands))))
+    assert bits(donating(*map(jnp.asarray, operands))) == expected
+
+
+@pytest.mark.parametrize("flow", ["scan", "while_loop", "cond"])
+@pytest.mark.parametrize("op", ["dense", "contiguous", "masked"])
+def test_vmap_of_control_flow(op: str, flow: str) -> None:
+    """The loop stays one, and its body one launch of the whole batch."""
+    function, operands = all_operands(op)
+    batched = [jnp.stack([x] * 3) for x in operands]
+    batched[1] = batched[1] * jnp.exp2(jnp.arange(3.0)).reshape(3, *[1] * operands[1].ndim)
+
+    def zeros(*operands: Any) -> jax.Array:
+        return jnp.zeros_like(function(*operands))
+
+    def looped(count: jax.Array, *operands: Any) -> jax.Array:
+        if flow == "cond":
+            return lax.cond(count > 1, function, zeros, *operands)
+        if flow == "scan":
+            return lax.scan(lambda carry, _: (carry, function(*operands)), 0, None, length=2)[1][1]
+
+        def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return state[0] + 1, state[1] + function(*operands).astype(jnp.float32)
+
+        start = jnp.zeros_like(count), zeros(*operands).astype(jnp.float32)
+        return lax.while_loop(lambda state: state[0] < count, body, start)[1]
+
+    counts = jnp.arange(3, dtype=jnp.int32)
+    d = jax.jit(jax.vmap(looped))(counts, *batched)
+    for i in range(3):
+        single = np.asarray(function(*(x[i] for x in batched))).astype(np.float32)
+        times = {"scan": 1, "while_loop": i, "cond": i > 1}[flow]
+        np.testing.assert_allclose(np.asarray(d[i]).astype(np.float32), times * single, rtol=1e-6)
+    text = cuda_text(jax.vmap(looped), counts, *batched)
+    assert len(cuda_calls(text)) == 1
+    assert text.count("stablehlo.while") == (flow != "cond")
+
+
+def test_vmap_of_control_flow_with_ragged_is_refused() -> None:
+    function, operands = all_operands("ragged")
+    batched = [jnp.stack([x] * 3) for x in operands]
+
+    def loop(*operands: Any) -> Any:
+        return lax.scan(lambda carry, _: (carry, function(*operands)), 0, None, length=2)[1]
+
+    with pytest.raises(
+        NotImplementedError, match=r"ragged: jax\.vmap takes no batch, because rows"
+    ):
+        jax.vmap(loop)(*batched)
 
 
 def test_debug_nans(operation: Operation) -> None:
@@ -125,6 +180,21 @@ def test_debug_nans(operation: Operation) -> None:
         jax.jit(function)(*lhs).block_until_ready()
         with pytest.raises(FloatingPointError, match="nan"):
             jax.jit(function)(a, lhs[1]).block_until_ready()
+
+
+@pytest.mark.parametrize("check", [jax.debug_nans, jax.debug_infs])
+def test_undefined_rows_are_zero_where_values_are_checked(check: Any) -> None:
+    """They may hold a NaN that JAX would find, and nobody else reads."""
+    problem = grouped_cases.Problem("masked", 2, 16, 24, 144)
+    operands = (*problem.operands(seed=0), np.array([3, 16], np.int32))
+
+    def filled() -> int:
+        text = cuda_text(lambda *x: grouped_cases.call("masked", *x, fill="undefined"), *operands)
+        return problem_of(*cuda_calls(text))["fill_zero"]
+
+    assert filled() == 0
+    with check(True):
+        assert filled() == 1
 
 
 def with_gradient(function: Callable[[Any, Any], jax.Array]) -> Callable[[jax.Array], jax.Array]:
