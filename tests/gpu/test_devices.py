@@ -162,7 +162,8 @@ def test_shard_map_leaves_an_axis_to_xla(split: str, gpus: list[jax.Device]) -> 
     mesh = jax.make_mesh(
         (count, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=gpus[: 2 * count]
     )
-    operands = numerics.dense_operands(64 * count, 512, 1024, seed=support.SEED)
+    # Two rows of tiles on each GPU: with one, where a column of tiles begins in k depends on n.
+    operands = numerics.dense_operands(128 * count, 512, 1024, seed=support.SEED)
     last, rows, columns = P(None, "y"), P("x"), P("y")
     specs = (P("x", "y"), P("x", "y"), last, last)
     if split == "n":
