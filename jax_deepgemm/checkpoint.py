@@ -16,11 +16,14 @@ only where the caller says so.
 import json
 import math
 import mmap
+import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import IO, Any, Literal, NamedTuple, Self
 
 import jax
 import ml_dtypes
@@ -58,6 +61,9 @@ _TYPES: dict[str, Any] = {
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
+_METADATA = "__metadata__"  # a header's entry that is no tensor
+_INCOMPLETE = ".incomplete"  # behind the name of a file that is being written
+_SHARD = re.compile(rf"model-\d{{5,}}-of-\d{{5,}}\.safetensors({re.escape(_INCOMPLETE)})?")
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -91,19 +97,27 @@ class Checkpoint:
                 .safetensors files alone.
 
         Raises:
-            FileNotFoundError: there is no such file, or no safetensors file in the folder.
-            ValueError: a file is not in the safetensors format, or two hold the same tensor.
+            FileNotFoundError: there is no such file, no safetensors file in the folder, or not one
+                that the index names.
+            ValueError: a file is not in the safetensors format, two hold the same tensor, one lacks
+                a tensor that the index says it holds, or the folder was not saved to the end.
         """
         path = Path(path)
         self._tensors: dict[str, _Tensor] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        for file in _files(path):
+        for file, indexed in _files(path).items():
             for name, tensor in _read_header(file):
                 if name in self._tensors:
                     raise ValueError(
                         f"Checkpoint: {name} is in {self._tensors[name].file} and in {file}"
                     )
                 self._tensors[name] = tensor
+            for name in indexed:
+                if name not in self._tensors or self._tensors[name].file != file:
+                    raise ValueError(
+                        f"Checkpoint: {path / INDEX} says that {name} is in {file.name}, "
+                        f"which does not hold it"
+                    )
 
     def __enter__(self) -> Self:
         return self
@@ -223,12 +237,14 @@ class Checkpoint:
         """
         templates = [name] if isinstance(name, str) else list(name)
         for template in templates:
-            if template.format(0) == template.format(1):
+            if template.count("{}") != 1:
                 raise ValueError(
-                    f'Checkpoint.load_experts: name must have "{{}}" for the expert\'s number, '
-                    f"got {template!r}"
+                    f'Checkpoint.load_experts: name must have "{{}}" once, for the expert\'s '
+                    f"number, got {template!r}"
                 )
-        groups = [[template.format(expert) for template in templates] for expert in experts]
+        groups = [
+            [template.replace("{}", str(expert)) for template in templates] for expert in experts
+        ]
         if not groups:
             raise ValueError("Checkpoint.load_experts: experts must not be empty")
         return self._load("Checkpoint.load_experts", groups, sharding, scale_format, True)
@@ -406,6 +422,12 @@ def save_checkpoint(
 ) -> None:
     """Writes tensors as safetensors files with an index, in the naming of DeepSeek-V3.
 
+    One file after the other: a tensor is fetched from its devices when its turn comes, an expert
+    at a time, and nothing of it stays on the host. The files get their names when all are complete,
+    the index last: what fails leaves the folder's old checkpoint as it was, and what succeeds
+    leaves none of its files. A process that is killed just between the first renaming and the last
+    leaves a folder that `Checkpoint` refuses.
+
     Args:
         folder: made if need be.
         tensors: by name: arrays, and QuantizedArrays [n, k] of 128 x 128 blocks, whose names come
@@ -415,67 +437,153 @@ def save_checkpoint(
         max_file_bytes: another file begins where one would hold more.
 
     Raises:
-        TypeError: values are not float8_e4m3fn, or scales not float32.
+        TypeError: values are not float8_e4m3fn, or scales not float32; a name is no string, or a
+            tensor no array of a type that the format has.
         ValueError: scales are not of 128 x 128 blocks, or are no powers of two and should be; an
-            expert's name has no "{}", or another one has.
+            expert's name has no "{}", or another one has; two tensors would have the same name, or
+            parts of one are in other processes.
     """
     function = "save_checkpoint"
     if scale_format not in ("float32", "ue8m0"):
         raise ValueError(
             f"{function}: scale_format must be 'float32' or 'ue8m0', got {scale_format!r}"
         )
+    # Whatever is wrong with a tensor is found here, before anything is written.
+    shards: list[dict[str, _Source]] = [{}]
+    room = max_file_bytes
+    taken: set[str] = set()
+    for name, source in _flatten(function, tensors, scale_format):
+        if name in taken:
+            raise ValueError(f"{function}: two tensors would have the name {name}")
+        taken.add(name)
+        if source.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_file_bytes
+        shards[-1][name] = source
+        room -= source.nbytes
+    files = {
+        f"model-{i:05}-of-{len(shards):05}.safetensors": shard
+        for i, shard in enumerate(shards, start=1)
+    }
+    total = sum(source.nbytes for shard in shards for source in shard.values())
+    weight_map = {name: file for file, shard in files.items() for name in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files: list[dict[str, Array]] = [{}]
-    room = max_file_bytes
-    for name, array in _flatten(function, tensors, scale_format):
-        if any(name in part for part in files):
-            raise ValueError(f"{function}: two tensors would have the name {name}")
-        if array.nbytes > room and files[-1]:
-            files.append({})
-            room = max_file_bytes
-        files[-1][name] = array
-        room -= array.nbytes
-    weight_map: dict[str, str] = {}
-    for i, part in enumerate(files, start=1):
-        file = folder / f"model-{i:05}-of-{len(files):05}.safetensors"
-        _write_file(file, part)
-        weight_map |= dict.fromkeys(part, file.name)
-    total = sum(array.nbytes for part in files for array in part.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    try:
+        for file, shard in files.items():
+            _write_file(folder / (file + _INCOMPLETE), shard)
+        with (folder / (INDEX + _INCOMPLETE)).open("w", encoding="utf-8") as opened:
+            opened.write(json.dumps(index, indent=1) + "\n")
+            _flush(opened)
+    except BaseException:
+        for file in (*files, INDEX):
+            (folder / (file + _INCOMPLETE)).unlink(missing_ok=True)
+        raise
+    # While there is an incomplete index and no other, `Checkpoint` refuses the folder.
+    (folder / INDEX).unlink(missing_ok=True)
+    for file in (*files, INDEX):
+        (folder / (file + _INCOMPLETE)).replace(folder / file)
+    for old in list(folder.iterdir()):
+        if _SHARD.fullmatch(old.name) and old.name not in files:
+            old.unlink()
+
+
+class _Source(NamedTuple):
+    """A tensor to be written, not fetched yet."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fetch: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _flatten(
     function: str, tensors: Mapping[str, Any], scale_format: ScaleFormat
-) -> Iterator[tuple[str, Array]]:
-    """The arrays of a checkpoint by their whole names."""
+) -> Iterator[tuple[str, _Source]]:
+    """What a checkpoint holds by whole names, checked."""
     for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == _METADATA:
+            raise TypeError(
+                f"{function}: names must be strings other than {_METADATA}, got {name!r}"
+            )
         if not isinstance(tensor, QuantizedArray):
-            yield name, np.asarray(tensor)
+            if isinstance(tensor, tuple | Mapping):
+                raise TypeError(
+                    f"{function}: {name} must be an array or a QuantizedArray, "
+                    f"got {type(tensor).__name__}"
+                )
+            array = _as_array(function, name, tensor)
+            yield name, _Source(array.dtype, array.shape, partial(_fetch, array))
             continue
-        values, scales = map(np.asarray, tensor)
+        values, scales = (_as_array(function, name, part) for part in tensor)
         if values.dtype != ml_dtypes.float8_e4m3fn or scales.dtype != np.float32:
             raise TypeError(
                 f"{function}: {name} must be float8_e4m3fn with float32 scales, "
                 f"got {values.dtype} with {scales.dtype}"
             )
-        if (values.ndim == 3) != ("{}" in name) or values.ndim not in (2, 3):
+        if (values.ndim, name.count("{}")) not in ((2, 0), (3, 1)):
             raise ValueError(
-                f"{function}: {name} must have two dimensions, or three and {{}} in its name, "
+                f"{function}: {name} must have two dimensions, or three and {{}} once in its name, "
                 f"got {list(values.shape)}"
             )
         rows = values.shape[-2]
         if block_shape(function, values, scales)[0] != BLOCK and rows != 1:
             raise ValueError(f"{function}: {name} must have 128 x 128 blocks, got 1 x 128")
+        scale_type = np.dtype(np.float32)
         if scale_format == "ue8m0":
-            scales = to_ue8m0_scales(scales)
-        if values.ndim == 2:
-            values, scales = values[None], scales[None]
-        for expert, (value, scale) in enumerate(zip(values, scales, strict=True)):
-            whole = name.format(expert) if "{}" in name else name
-            yield whole + WEIGHT, value
-            yield whole + SCALE, scale
+            scales = to_ue8m0_scales(_fetch(scales))
+            scale_type = scales.dtype
+        for expert in range(values.shape[0]) if values.ndim == 3 else [None]:
+            whole = name if expert is None else name.replace("{}", str(expert))
+            for suffix, part, dtype in (
+                (WEIGHT, values, values.dtype),
+                (SCALE, scales, scale_type),
+            ):
+                yield (
+                    whole + suffix,
+                    _Source(np.dtype(dtype), part.shape[-2:], partial(_fetch, part, expert)),
+                )
+
+
+def _as_array(function: str, name: str, tensor: Any) -> Any:
+    """The tensor as an array where it is, of a type that files have, all of it in this process."""
+    array = tensor if isinstance(tensor, jax.Array) else np.asarray(tensor)
+    if array.dtype not in _NAMES:
+        raise TypeError(
+            f"{function}: {name} must be of a type that safetensors files have, got {array.dtype}"
+        )
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        raise ValueError(f"{function}: {name} must not have parts in other processes")
+    return array
+
+
+def _fetch(array: Any, expert: int | None = None) -> Array:
+    """An array on the host, or one expert's part of it.
+
+    JAX keeps the host copy of an array that was converted as long as the array lives. So that of
+    no array that lives on is converted: of a part of it, or of another array of the same buffers.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array if expert is None else array[expert])
+    result = np.empty(array.shape if expert is None else array.shape[1:], array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id != 0:
+            continue
+        data = shard.data
+        if expert is None:
+            alias = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
+            result[shard.index] = np.asarray(alias)
+            continue
+        groups, *where = shard.index
+        local = expert - (groups.start or 0)
+        if 0 <= local < data.shape[0]:
+            result[tuple(where)] = np.asarray(data[local])
+    return result
 
 
 def _are_powers_of_two(scales: Array) -> bool:
@@ -514,19 +622,39 @@ def _make(
 # --- The format ----------------------------------------------------------------------------------
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files that a path stands for."""
+def _files(path: Path) -> dict[Path, list[str]]:
+    """The safetensors files that a path stands for, each with what an index says it holds."""
     if path.is_file():
-        return [path]
-    if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"Checkpoint: {path / INDEX} has no weight_map")
-        return [path / name for name in dict.fromkeys(weight_map.values())]
+        return {path: []}
+    index = path / INDEX
+    if index.is_file():
+        return _read_index(index)
+    if index.with_name(INDEX + _INCOMPLETE).exists():
+        raise ValueError(f"Checkpoint: {path} was being saved and is not complete")
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"Checkpoint: there is no safetensors file in {path}")
+    return {file: [] for file in files}
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Checkpoint: {index} is no index: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"Checkpoint: {index} has no weight_map")
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+            raise ValueError(
+                f"Checkpoint: {index} must name a file beside it for {name}, got {file!r}"
+            )
+        files.setdefault(index.with_name(file), []).append(name)
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"Checkpoint: {index} names {path.name}, which is not there")
     return files
 
 
@@ -545,7 +673,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, _Tensor]]:
     if not isinstance(header, dict):
         raise ValueError(f"Checkpoint: {file} is no safetensors file: its header is no object")
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == _METADATA:
             continue
         type_name, shape, begin, end = _read_entry(file, name, entry)
         if begin > end or 8 + header_bytes + end > size:
@@ -582,23 +710,28 @@ def _read_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...]
     )
 
 
-def _write_file(file: Path, tensors: Mapping[str, Array]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write_file(file: Path, tensors: Mapping[str, _Source]) -> None:
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
     offset = 0
     # Wider types first, so that each tensor is aligned to its elements.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    for name, array in ordered:
-        if array.dtype not in _NAMES:
-            raise TypeError(f"save_checkpoint: {name} has a type that files cannot: {array.dtype}")
+    for name, source in ordered:
         header[name] = {
-            "dtype": _NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
+            "dtype": _NAMES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [offset, offset + source.nbytes],
         }
-        offset += array.nbytes
+        offset += source.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
         opened.write(struct.pack("<Q", len(text)) + text)
-        for _, array in ordered:
-            opened.write(np.ascontiguousarray(array).tobytes())
+        for _, source in ordered:
+            opened.write(np.ascontiguousarray(source.fetch()).reshape(-1).view(np.uint8).data)
+        _flush(opened)
+
+
+def _flush(opened: IO[Any]) -> None:
+    """Makes sure that what was written is on the disk before another name points to it."""
+    opened.flush()
+    os.fsync(opened.fileno())

@@ -3,13 +3,17 @@
 Not imported by `jax_deepgemm`: `from jax_deepgemm import nnx`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx  # type: ignore[import-not-found, unused-ignore]
 
+from jax_deepgemm.arguments import is_array
+from jax_deepgemm.config import FP8_TYPES
 from jax_deepgemm.linear import linear
+from jax_deepgemm.operands import Operand, Sizes, check_array
 from jax_deepgemm.quantize import quantize_per_block
 from jax_deepgemm.quantized_array import QuantizedArray
 from jax_deepgemm.reference import BLOCK
@@ -34,7 +38,7 @@ class Linear(nnx.Module):  # type: ignore[misc, unused-ignore]
         out_features: int,
         *,
         use_bias: bool = True,
-        weight: QuantizedArray | None = None,
+        weight: Operand | None = None,
         bias: jax.Array | None = None,
     ) -> None:
         """Makes the layer.
@@ -43,24 +47,39 @@ class Linear(nnx.Module):  # type: ignore[misc, unused-ignore]
             in_features: k, a multiple of 16.
             out_features: n, a multiple of 8.
             use_bias: whether there is a bias.
-            weight: [n, k] of 128 x 128 blocks; None: zeros, to be filled from a checkpoint.
+            weight: a pair (values, scales) [n, k] of 128 x 128 blocks; None: zeros, to be filled
+                from a checkpoint.
             bias: [n]; None: zeros.
 
         Raises:
-            ValueError: weight or bias does not have these features.
+            TypeError: weight is no pair, or an array has the wrong dtype.
+            ValueError: weight or bias does not have these features, weight has other blocks, or
+                there is a bias and use_bias is False.
         """
-        shape = (out_features, in_features)
         if weight is None:
-            scales = (-(-out_features // BLOCK), -(-in_features // BLOCK))
-            weight = QuantizedArray(jnp.zeros(shape, jnp.float8_e4m3fn), jnp.ones(scales))
-        if weight.shape != shape:
-            raise ValueError(f"nnx.Linear: weight must be {list(shape)}, got {list(weight.shape)}")
-        if bias is not None and bias.shape != (out_features,):
-            raise ValueError(f"nnx.Linear: bias must be [{out_features}], got {list(bias.shape)}")
+            weight = QuantizedArray(
+                jnp.zeros((out_features, in_features), jnp.float8_e4m3fn),
+                jnp.ones((-(-out_features // BLOCK), -(-in_features // BLOCK))),
+            )
+        if not isinstance(weight, tuple | list) or len(weight) != 2:
+            raise TypeError(
+                f"nnx.Linear: weight must be a pair (values, scales), got {type(weight).__name__}"
+            )
+        values, scales = weight
+        features = {"n": out_features, "k": in_features}
+        for size in ("n", "k"):
+            features[f"ceil({size}/{BLOCK})"] = -(-features[size] // BLOCK)
+        blocks = ("ceil(n/128)", "ceil(k/128)")
+        _check("weight's values", values, FP8_TYPES, ("n", "k"), features)
+        _check("weight's scales", scales, ("float32",), blocks, features)
+        if bias is not None:
+            if not use_bias:
+                raise ValueError("nnx.Linear: bias must be None where use_bias is False")
+            _check("bias", bias, ("bfloat16", "float16", "float32", "float64"), ("n",), features)
         self.in_features = in_features
         self.out_features = out_features
-        self.values = QuantizedWeight(weight.values)
-        self.scales = QuantizedWeight(weight.scales)
+        self.values = QuantizedWeight(jnp.asarray(values))
+        self.scales = QuantizedWeight(jnp.asarray(scales))
         if bias is None:
             bias = jnp.zeros(out_features, jnp.bfloat16)
         self.bias: Any = nnx.Param(jnp.asarray(bias)) if use_bias else None
@@ -86,3 +105,11 @@ class Linear(nnx.Module):  # type: ignore[misc, unused-ignore]
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns bfloat16[..., out_features] of x [..., in_features]."""
         return linear(x, self.weight, None if self.bias is None else self.bias[...])
+
+
+def _check(
+    argument: str, array: Any, dtypes: Sequence[str], names: Sequence[str], sizes: Sizes
+) -> None:
+    if not is_array(array):
+        raise TypeError(f"nnx.Linear: {argument} must be an array, got {type(array).__name__}")
+    check_array("nnx.Linear", argument, array, dtypes, names, sizes)

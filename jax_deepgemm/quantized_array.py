@@ -158,9 +158,19 @@ def quantized_sharding(
         QuantizedArray(sharding of the values, sharding of the scales).
 
     Raises:
+        TypeError: sharding is no NamedSharding.
         ValueError: a shard would end within a block
-            ("quantized_sharding: shards of rows must be a multiple of 128 ..., got 64").
+            ("quantized_sharding: shards of rows must be a multiple of 128 ..., got 64"), or the
+            shape has fewer than two dimensions.
     """
+    if not isinstance(sharding, NamedSharding):
+        raise TypeError(
+            f"quantized_sharding: sharding must be a NamedSharding, got {type(sharding).__name__}"
+        )
+    if len(shape) < 2:
+        raise ValueError(
+            f"quantized_sharding: shape must be that of values [..., rows, k], got {list(shape)}"
+        )
     local = sharding.shard_shape(shape)
     for axis, (name, block) in enumerate((("rows", block_rows), ("k", BLOCK)), start=-2):
         if local[axis] != shape[axis] and local[axis] % block:

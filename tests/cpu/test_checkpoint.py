@@ -1,7 +1,12 @@
 """DeepSeek-style checkpoints: written, read back bit for bit, sharded, and never misread."""
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import jax
@@ -161,6 +166,51 @@ def test_a_device_reads_only_its_part(
     assert len(read) == 2 * NUM_EXPERTS * 2  # values and scales, two parts of each expert
 
 
+def test_bytes_of_other_devices_are_not_touched(tmp_path: pathlib.Path) -> None:
+    """The rest of the file is cut off below the mapping: whoever touches it is killed."""
+    program = """
+        import os, sys
+        import jax, ml_dtypes
+        import numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+        from jax_deepgemm.checkpoint import Checkpoint, save_checkpoint
+
+        folder, device = sys.argv[1], int(sys.argv[2])
+        rng = np.random.default_rng(0)
+        values = rng.integers(0, 100, (4096, 1024), np.uint8).view(ml_dtypes.float8_e4m3fn)
+        scales = rng.random((32, 8), np.float32)
+        save_checkpoint(folder, {"w.weight": values, "w.weight_scale_inv": scales})
+        file = folder + "/model-00001-of-00001.safetensors"
+        checkpoint = Checkpoint(folder)
+        checkpoint.read("w.weight_scale_inv")  # which maps the file
+        os.truncate(file, os.path.getsize(file) - values.nbytes // 2)
+
+        def one_device(shape, sharding, callback):  # as on a host that has no other
+            return callback(sharding.devices_indices_map(shape)[jax.devices()[device]])
+
+        jax.make_array_from_callback = one_device
+        mesh = jax.make_mesh((2,), ("n",))
+        sharding = NamedSharding(mesh, PartitionSpec("n", None))
+        loaded = checkpoint.load_quantized("w", sharding=sharding)
+        assert loaded.values.tobytes() == values[2048 * device :][:2048].tobytes()
+        np.testing.assert_array_equal(loaded.scales, scales[16 * device :][:16])
+        print("loaded")
+    """
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(device)],
+            env=os.environ | flags,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for device in range(2)
+    ]
+    assert (runs[0].returncode, runs[0].stdout) == (0, "loaded\n"), runs[0].stderr
+    assert runs[1].returncode == -signal.SIGBUS  # its half is what was cut off
+
+
 def test_gate_and_up_side_by_side(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
     model = two_layers()
     save_checkpoint(tmp_path, model)
@@ -220,6 +270,146 @@ def test_safetensors_reads_what_we_write(tmp_path: pathlib.Path) -> None:
     restored = load_file(tmp_path / "pair.safetensors")
     for name, array in arrays.items():
         assert bits(mine.read(name)) == bits(restored[name]) == bits(array)
+
+
+# --- Saving over a checkpoint, and failing to ---------------------------------------------------
+
+
+def tensors_of(folder: pathlib.Path) -> dict[str, Any]:
+    with Checkpoint(folder) as opened:
+        return {name: bits(opened.read(name)) for name in opened.names}
+
+
+def floats(count: int, value: float) -> dict[str, Any]:
+    return {f"x{i}": np.full(16, value + i, np.float32) for i in range(count)}
+
+
+def test_saving_again_leaves_one_checkpoint(tmp_path: pathlib.Path) -> None:
+    others = ["config.json", "model.safetensors.bak", "model-00001-of-00002.safetensors.md5"]
+    save_checkpoint(tmp_path, floats(5, 1.0), max_file_bytes=64)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    for other in others:
+        (tmp_path / other).write_text("mine")
+    (tmp_path / "model-00007-of-00009.safetensors.incomplete").write_text("of a killed process")
+    save_checkpoint(tmp_path, floats(2, 7.0), max_file_bytes=64)
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == {*files, *others, checkpoint.INDEX}
+    assert tensors_of(tmp_path) == {name: bits(x) for name, x in floats(2, 7.0).items()}
+    # Without the index too.
+    (tmp_path / checkpoint.INDEX).unlink()
+    assert tensors_of(tmp_path) == {name: bits(x) for name, x in floats(2, 7.0).items()}
+
+
+def test_an_open_checkpoint_outlives_saving_over_it(tmp_path: pathlib.Path) -> None:
+    save_checkpoint(tmp_path, floats(2, 1.0))
+    with Checkpoint(tmp_path) as opened:
+        np.testing.assert_array_equal(opened.read("x0"), np.full(16, 1.0))
+        save_checkpoint(tmp_path, floats(1, 5.0))
+        np.testing.assert_array_equal(opened.read("x1"), np.full(16, 2.0))
+
+
+class _Full(OSError):
+    pass
+
+
+def test_what_fails_leaves_the_old_checkpoint(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, floats(3, 1.0), max_file_bytes=64)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    # A tensor that cannot be written is found before anything is.
+    with pytest.raises(
+        TypeError, match="bad must be of a type that safetensors files have, got <U"
+    ):
+        save_checkpoint(tmp_path, floats(3, 9.0) | {"bad": np.array("text")}, max_file_bytes=64)
+    # The disk is full at the last shard.
+    fetch, fetched = checkpoint._fetch, []
+
+    def failing(array: Any, expert: int | None = None) -> Any:
+        fetched.append(array)
+        if len(fetched) == 3:
+            raise _Full
+        return fetch(array, expert)
+
+    monkeypatch.setattr(checkpoint, "_fetch", failing)
+    with pytest.raises(_Full):
+        save_checkpoint(tmp_path, floats(3, 9.0), max_file_bytes=64)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_process_killed_between_two_names(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, floats(3, 1.0), max_file_bytes=64)
+    replace = pathlib.Path.replace
+
+    def killed(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if target.name.startswith("model-00002"):
+            raise _Full
+        return replace(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "replace", killed)
+        with pytest.raises(_Full):
+            save_checkpoint(tmp_path, floats(3, 9.0), max_file_bytes=64)
+    with pytest.raises(ValueError, match=r"was being saved and is not complete$"):
+        Checkpoint(tmp_path)
+    save_checkpoint(tmp_path, floats(3, 9.0), max_file_bytes=64)
+    assert tensors_of(tmp_path) == {name: bits(x) for name, x in floats(3, 9.0).items()}
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_tensors_are_fetched_when_their_file_is_written(
+    tmp_path: pathlib.Path, mesh: jax.sharding.Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split ones too, from the devices that have them, and experts one at a time."""
+    model = two_layers()
+    template = "model.layers.1.mlp.experts.{}.down_proj"
+    specs = {
+        "model.embed_tokens.weight": P("e", "t"),
+        "model.norm.weight": P("t"),  # and copies along e
+        template: P("e", None, "t"),
+        "model.layers.1.mlp.experts.{}.up_proj": P(None, "t", None),
+    }
+    split = model | {
+        name: jax.device_put(model[name], NamedSharding(mesh, spec)) for name, spec in specs.items()
+    }
+    save_checkpoint(tmp_path / "whole", model, max_file_bytes=300_000)
+    wanted = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    events: list[Any] = []
+    fetch, write = checkpoint._fetch, checkpoint._write_file
+
+    def fetching(array: Any, expert: int | None = None) -> Any:
+        result = fetch(array, expert)
+        events.append(result.nbytes)
+        return result
+
+    def writing(file: pathlib.Path, tensors: Any) -> None:
+        events.append(file.name)
+        write(file, tensors)
+
+    monkeypatch.setattr(checkpoint, "_fetch", fetching)
+    monkeypatch.setattr(checkpoint, "_write_file", writing)
+    save_checkpoint(tmp_path / "split", split, max_file_bytes=300_000)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "split").iterdir()} == wanted
+    assert isinstance(events[0], str)  # nothing before the first file
+    largest = max(event for event in events if not isinstance(event, str))
+    assert largest == HIDDEN * 1024  # o_proj; the experts together have more
+    assert largest < NUM_EXPERTS * HIDDEN * INTER
+    starts = [i for i, event in enumerate(events) if isinstance(event, str)]
+    for start, stop in zip(starts, [*starts[1:], len(events)], strict=True):
+        held = sum(events[start + 1 : stop])
+        assert held <= max(300_000, largest)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.float32(3), np.zeros((0, 4), np.int8), np.arange(12).reshape(3, 4).T, [1.5, 2.5], True],
+    ids=["scalar", "empty", "transposed", "list", "bool"],
+)
+def test_other_arrays(tmp_path: pathlib.Path, array: Any) -> None:
+    save_checkpoint(tmp_path, {"x": array})
+    assert bits(Checkpoint(tmp_path).read("x")) == bits(array)
 
 
 # --- Powers of two -------------------------------------------------------------------------------
@@ -425,11 +615,57 @@ def test_index_without_a_map(tmp_path: pathlib.Path) -> None:
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("index", "kind", "message"),
+    [
+        ("{", ValueError, "is no index: "),
+        ('{"weight_map": {"x0": "../model-00001-of-00001.safetensors"}}', ValueError, "beside it"),
+        ('{"weight_map": {"x0": 3}}', ValueError, "must name a file beside it for x0, got 3"),
+        ('{"weight_map": {"x0": "other.safetensors"}}', FileNotFoundError, "other.* is not there"),
+        (
+            '{"weight_map": {"y": "model-00001-of-00001.safetensors"}}',
+            ValueError,
+            "says that y is in model-00001-of-00001.safetensors, which does not hold it$",
+        ),
+    ],
+    ids=["no-json", "path", "no-name", "no-file", "no-tensor"],
+)
+def test_wrong_index(
+    tmp_path: pathlib.Path, index: str, kind: type[Exception], message: str
+) -> None:
+    save_checkpoint(tmp_path, floats(1, 1.0))
+    (tmp_path / checkpoint.INDEX).write_text(index)
+    with pytest.raises(kind, match=rf"^Checkpoint: .*{message}"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"__metadata__": np.ones(2)}, "names must be strings other than __metadata__"),
+        ({3: np.ones(2)}, "names must be strings other than __metadata__, got 3"),
+        ({"x": (np.ones(2), np.ones(3))}, "x must be an array or a QuantizedArray, got tuple"),
+        ({"x": {"y": np.ones(3)}}, "x must be an array or a QuantizedArray, got dict"),
+    ],
+    ids=["metadata", "no-string", "pair", "tree"],
+)
+def test_writer_refuses_what_is_no_tensor(
+    tmp_path: pathlib.Path, tensors: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^save_checkpoint: {message}"):
+        save_checkpoint(tmp_path / "new", tensors)
+    assert not (tmp_path / "new").exists()
+
+
 def test_experts_need_a_place_for_their_number(tmp_path: pathlib.Path) -> None:
     save_checkpoint(tmp_path, two_layers())
     with Checkpoint(tmp_path) as opened:
-        with pytest.raises(ValueError, match=r'name must have "\{\}" for the expert'):
+        with pytest.raises(ValueError, match=r'name must have "\{\}" once, for the expert'):
             opened.load_experts(["e.{}", "w"], [0, 1])
+        with pytest.raises(
+            ValueError, match=r"once, for the expert's number, got 'l\.\{\}\.e\.\{\}'"
+        ):
+            opened.load_experts("l.{}.e.{}", [0, 1])
         with pytest.raises(ValueError, match="name must not be empty"):
             opened.load_quantized([])
 

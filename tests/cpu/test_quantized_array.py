@@ -2,13 +2,14 @@
 
 import copy
 import pathlib
+import pickle
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm
@@ -141,6 +142,41 @@ def test_sharding_of_a_pair(mesh: jax.sharding.Mesh) -> None:
         quantized_sharding(NamedSharding(mesh, P(None, "x")), (128, 256))
     tokens = quantized_sharding(NamedSharding(mesh, P("x")), (8, 256), block_rows=1)
     assert tokens.scales.spec == P("x")
+    with pytest.raises(TypeError, match=r"must be a NamedSharding, got SingleDeviceSharding$"):
+        quantized_sharding(SingleDeviceSharding(jax.devices()[0]), q.shape)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be that of values \[..., rows, k\], got \[256\]$"):
+        quantized_sharding(NamedSharding(mesh, P("x")), (256,))
+
+
+def test_as_a_tree_of_two_arrays() -> None:
+    """Scanned over, replaced in part, donated, pickled and only shaped."""
+    experts = jax_deepgemm.quantize_per_block(normal(3, 256, 128))
+    q = jax_deepgemm.quantize_per_token(normal(8, 128))
+    multiply = jax_deepgemm.gemm_fp8_fp8_bf16_nt
+    scanned = jax.lax.scan(lambda carry, weight: (carry, multiply(q, weight)), 0, experts)[1]
+    wanted = [multiply(q, jax.tree.map(lambda x, i=i: x[i], experts)) for i in range(3)]
+    same(scanned, jnp.stack(wanted))
+    same(jax.vmap(multiply, in_axes=(None, 0))(q, experts), jnp.stack(wanted))
+    same(experts._replace(scales=2 * experts.scales).dequantize(), 2 * experts.dequantize())
+    same(pickle.loads(pickle.dumps(experts)), experts)
+    shapes = jax.eval_shape(jax_deepgemm.quantize_per_block, normal(3, 256, 128))
+    assert isinstance(shapes, QuantizedArray)
+    assert (shapes.shape, shapes.block_shape, shapes.nbytes) == (
+        experts.shape,
+        (128, 128),
+        experts.nbytes,
+    )
+    given = jax.tree.map(jnp.copy, experts)
+    same(jax.jit(lambda x: jax.tree.map(lambda y: y, x), donate_argnums=0)(given), experts)
+    assert all(part.is_deleted() for part in given)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 128), (2, 0, 128), (2, 4, 0)])
+def test_linear_and_quantisers_of_nothing(shape: tuple[int, ...]) -> None:
+    q = jax.vmap(jax_deepgemm.quantize_per_token)(jnp.ones(shape))
+    assert q.shape == shape
+    assert q.scales.shape == (*shape[:-1], -(-shape[-1] // 128))
+    assert q.dequantize().shape == shape
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -241,9 +277,58 @@ def test_flax_nnx_from_a_checkpoint_weight() -> None:
     layer = dg_nnx.Linear(272, 136, use_bias=False, weight=weight)
     same(layer(normal(4, 272)), linear(normal(4, 272), weight))
     assert not np.asarray(dg_nnx.Linear(272, 136)(normal(4, 272))).any()
-    with pytest.raises(
-        ValueError, match=r"nnx.Linear: weight must be \[128, 272\], got \[136, 272\]"
-    ):
-        dg_nnx.Linear(272, 128, weight=weight)
-    with pytest.raises(ValueError, match=r"nnx.Linear: bias must be \[136\], got \[3\]"):
-        dg_nnx.Linear(272, 136, bias=jnp.ones(3))
+    same(dg_nnx.Linear(272, 136, use_bias=False, weight=tuple(weight)).weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"out_features": 128},
+            ValueError,
+            r"weight's values must be float8_e4m3fn\[128, 272\] \(n, k\), got \S+\[136, 272\]",
+        ),
+        (
+            {"weight": jax_deepgemm.quantize_per_token(jnp.ones((136, 272)))},
+            ValueError,
+            r"weight's scales must be float32\[2, 3\] .* got float32\[136, 3\]",
+        ),
+        (
+            {"weight": (jnp.ones((136, 272)), jnp.ones((2, 3)))},
+            TypeError,
+            r"weight's values must be float8_e4m3fn.* got float32\[136, 272\]",
+        ),
+        ({"weight": jnp.ones((136, 272))}, TypeError, r"weight must be a pair .* got ArrayImpl"),
+        ({"weight": ([], [])}, TypeError, r"weight's values must be an array, got list"),
+        ({"bias": jnp.ones(3)}, ValueError, r"bias must be float32\[136\] \(n\), got float32\[3\]"),
+        ({"bias": jnp.ones(136, int)}, TypeError, r"bias must be bfloat16.* got int32\[136\]"),
+        ({"bias": [1.0] * 136}, TypeError, r"bias must be an array, got list"),
+        (
+            {"bias": jnp.ones(136), "use_bias": False},
+            ValueError,
+            r"bias must be None where use_bias is False",
+        ),
+    ],
+    ids=[
+        "features",
+        "token-blocks",
+        "float-values",
+        "float-weight",
+        "lists",
+        "bias-size",
+        "bias-type",
+        "bias-list",
+        "unused-bias",
+    ],
+)
+def test_flax_nnx_refuses(options: Any, kind: type[Exception], message: str) -> None:
+    pytest.importorskip("flax.nnx", reason="needs the extra `flax`")
+    from jax_deepgemm import nnx as dg_nnx
+
+    arguments = {
+        "in_features": 272,
+        "out_features": 136,
+        "weight": jax_deepgemm.quantize_per_block(jnp.ones((136, 272))),
+    }
+    with pytest.raises(kind, match=rf"^nnx.Linear: {message}"):
+        dg_nnx.Linear(**(arguments | options))
