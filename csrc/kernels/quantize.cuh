@@ -77,6 +77,10 @@ constexpr int kLargestExponent = kOutput == Fp8Type::kE4m3 ? 8 : 15;
 constexpr float kInverseLargest =
     static_cast<float>(1.0 / (1.75 * (1 << kLargestExponent)));  // rounded once, as NumPy does
 
+// 2^-f = 1 - c1 f + c2 f^2 - c3 f^3 + c4 f^4 for 0 <= f <= 1, to 2^-18; EXP2_POLYNOMIAL in
+// quantize_reference.py.
+constexpr float kExp2[] = {1.0f, 0xb16c1cp-24f, 0xf526c3p-26f, 0xd99c69p-28f, 0x6f0c76p-30f};
+
 // --- Instructions --------------------------------------------------------------------------------
 
 // 16 bytes, or zeros if not `valid`; without a branch, so that loads follow each other closely. x
@@ -103,6 +107,20 @@ __device__ __forceinline__ void st_global_v2(void* address, uint32_t x, uint32_t
 __device__ __forceinline__ float mul_ftz(float x, float y) {
   float product;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(y));
+  return product;
+}
+
+// x * y + z in one instruction. Of the same in C++ the compiler makes a shift, a mask and a sum.
+__device__ __forceinline__ uint32_t mad_lo(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t sum;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+  return sum;
+}
+
+// The product, but 0 if it is below and 1 if it is above them; 0 for NaN.
+__device__ __forceinline__ float mul_sat(float x, float y) {
+  float product;
+  asm("mul.rn.ftz.sat.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(y));
   return product;
 }
 
@@ -156,26 +174,28 @@ __device__ __forceinline__ float scale_of(uint32_t amax) {
   return amax < kSmallestNormal ? 1.0f : scale;
 }
 
-// exp(-x) for x >= 0: 2^-(n + f) = 2^(1 - f) * 2^-(n + 1), by integers. See `exp_negative` in
-// quantize_reference.py.
+// exp(-x) for x >= 0: x * log2(e) = n + f, with 16 bits of fraction, and 2^-f by a polynomial, to
+// the bits of `exp_negative` in quantize_reference.py, whose integers are here the fractions of
+// float32 numbers that stay within one power of two: a rounding of the float32 unit is a rounding
+// of the integer, and each step of the polynomial one instruction.
 __device__ __forceinline__ float exp_negative(float x) {
-  const float y = mul_ftz(x, 24204406.0f);  // log2(e) * 2^24
-  const uint32_t fixed = __float2uint_rz(y);
-  const uint32_t u = ~(fixed << 8);
-  uint32_t power = 0x001eca6f;
-  power = 0x00934ef8 + __umulhi(u, power);
-  power = 0x0392887f + __umulhi(u, power);
-  power = 0x0f5ec4fe + __umulhi(u, power);
-  power = 0x2c5c991c + __umulhi(u, power);
-  power = 0x40000000 + __umulhi(u, power);
-  const uint32_t bits = ((power + 64) >> 7) + ((125 - (fixed >> 24)) << 23);
-  return y < 126.0f * (1 << 24) ? as_float(bits) : 0.0f;
+  const float y = mul_sat(x, 0x1.715476p-7f);            // (n + f) / 128, at most 1
+  const float sum = __fmaf_rn(y, 2.0f, 2.0f);            // in [2, 4], in units of 2^-22: 2^-16 of f
+  const float whole = as_float(as_bits(sum) & ~0xffff);  // 2 + n / 64
+  const float f = __fadd_rn(sum, -whole);                // f / 64: the powers of 64 below; exact
+  float power = __fmaf_rz(-f, kExp2[4] * 0x1p25f, kExp2[3] * 0x1p19f);
+  power = __fmaf_rz(-f, power, kExp2[2] * 0x1p13f);
+  power = __fmaf_rz(-f, power, kExp2[1] * 0x1p7f);
+  power = __fmaf_rz(-f, power, kExp2[0] * 0x1p1f);  // 2 * 2^-f
+  // Twice the result, lest the exponent of 2^-128 be negative: it is zero for whole = 4, and what
+  // is less than 2^-126 becomes zero with the factor.
+  return mul_ftz(as_float(mad_lo(as_bits(whole), -(1u << 7), as_bits(power))), 0.5f);
 }
 
 // silu(gate) * up; infinite where that overflows.
 __device__ __forceinline__ float silu_mul(float gate, float up) {
   const float e = exp_negative(fabsf(gate));
-  const float numerator = mul_ftz(gate, gate >= 0 ? 1.0f : e);
+  const float numerator = fmaxf(gate, mul_ftz(gate, e));  // the first unless gate is negative
   return mul_ftz(mul_ftz(numerator, reciprocal_of(1.0f + e)), up);
 }
 
@@ -183,6 +203,7 @@ __device__ __forceinline__ float silu_mul(float gate, float up) {
 
 struct Raw {
   uint4 words[kLoads];
+  uint32_t zero;  // of bf16; see wait_for_loads
 
   __device__ __forceinline__ uint32_t word(int i) const {
     const uint4& v = words[i / 4];
@@ -203,8 +224,8 @@ struct Raw {
   __device__ __forceinline__ float get(int i) const {
     if (kInput == FloatType::kF32) return as_float(word(i));
     const uint32_t pair = word(i / 2);
-    if (kInput == FloatType::kBf16) {
-      return as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000);
+    if (kInput == FloatType::kBf16) {  // one instruction, `zero` included
+      return as_float(i % 2 == 0 ? mad_lo(pair, 1 << 16, zero) : (pair & 0xffff0000) ^ zero);
     }
     const auto half = static_cast<unsigned short>(i % 2 == 0 ? pair : pair >> 16);
     float value;
@@ -253,12 +274,15 @@ __device__ __forceinline__ void store(char* out, uint32_t low, uint32_t high, in
 }
 
 // Keeps the compiler from using the first value before the last load is issued, which it prefers
-// because it saves registers: all values depend on the outcome of a barrier, which is zero.
+// because it saves registers: all values depend on the outcome of a barrier, which is zero. What
+// makes float32 of bf16 takes it in for nothing.
 __device__ __forceinline__ void wait_for_loads(const QuantizeParams& params, Raw (&raw)[kPieces],
                                                Raw (&up)[kPieces]) {
   const auto zero = static_cast<uint32_t>(__syncthreads_or(params.k < 0));
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
+    raw[i].zero = up[i].zero = zero;
+    if (kInput == FloatType::kBf16) continue;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       uint4& x = raw[i].words[j];
