@@ -141,7 +141,17 @@ def test_only_tokens_take_sizes() -> None:
 )
 def test_grid(op: str, rows: int, k: int, grid: int) -> None:
     problem = QuantizeProblem(OPS.index(op), 0, 0, 0, 1, rows, k, 0)
-    assert _native.quantize_grid_size(problem) == grid
-    assert (
-        _native.quantize_grid_size(np.array(problem._replace(batch=3))) == 3 * grid or op in SIZED
-    )
+    assert _native.quantize_grid_size(problem, 132) == grid
+    three = np.array(problem._replace(batch=3))
+    assert _native.quantize_grid_size(three, 132) == 3 * grid or op in SIZED
+
+
+def test_grid_with_sizes() -> None:
+    """A CTA a tile, but no more than a GPU holds at twice: three or two an SM here."""
+    for op, rows, grid in [
+        ("quantize_per_token", 64, 3 * 2 * 56),
+        ("quantize_per_token", 2**20, 132 * 3 * 2),
+        ("silu_mul_quantize", 2**20, 132 * 2 * 2),
+    ]:
+        problem = QuantizeProblem(OPS.index(op), 0, 0, 0, 3, rows, 7168, 1)
+        assert _native.quantize_grid_size(problem, 132) == grid
