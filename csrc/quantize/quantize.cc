@@ -44,10 +44,11 @@ bool HasVectorRows(const QuantizeProblem& problem) {
 }
 
 // CTAs that an SM must have registers for: three keep twice the bytes in flight that the memory
-// wants, two where more registers save spilling.
+// wants, two where more registers save spilling. SwiGLU computes for about as long as it loads, and
+// with four one computes while others load.
 int MinBlocks(const QuantizeProblem& problem) {
-  const bool simple = problem.op == QuantizeOp::kPerToken || problem.op == QuantizeOp::kPerBlock;
-  return simple && problem.input == FloatType::kBf16 && HasVectorColumns(problem) ? 3 : 2;
+  if (problem.input != FloatType::kBf16 || !HasVectorColumns(problem)) return 2;
+  return problem.op == QuantizeOp::kSiluMul ? 4 : writes_transposed(problem.op) ? 2 : 3;
 }
 
 }  // namespace
