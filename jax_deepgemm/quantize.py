@@ -184,10 +184,10 @@ def silu_mul_quantize(
 
     gate is x[..., :f] and up x[..., f:], as one GEMM with the weights of both returns them; silu(g)
     is g / (1 + exp(-g)). The product is computed in float32, not rounded to x's type in between,
-    with a relative error of about 2**-22 * (1 + |gate|), by the same steps and to the same bits on
-    every backend (`quantize_reference.silu_mul`). exp counts as zero below 2**-125, and so does the
-    product for gates below about -86. Finite numbers whose product float32 cannot hold give its
-    largest number.
+    with a relative error of at most 2**-16.7 + 2**-24 * |gate|, by the same steps and to the same
+    bits on every backend (`quantize_reference.silu_mul`). exp counts as zero below 2**-126, and so
+    does the product for gates below about -87. Finite numbers whose product float32 cannot hold
+    give its largest number.
 
     Args:
         x: bfloat16, float16, float32 or float64 [..., m, 2f]; float64 is rounded to float32 first.

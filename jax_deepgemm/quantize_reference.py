@@ -23,10 +23,13 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 _LARGEST = np.finfo(np.float32).max
 _SIGN, _MAGNITUDE, _EXPONENT = np.uint32(1 << 31), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
-# 2**u for 0 <= u < 1 is sum(c * u**i), to 2**-23, with c times 2**30; the sum at 1 is exactly 2.
-# csrc/kernels/quantize.cuh has the same.
-EXP2_POLYNOMIAL = (0x40000000, 0x2C5C991C, 0x0F5EC4FE, 0x0392887F, 0x00934EF8, 0x001ECA6F)
-_LOG2_E = np.float32(np.log2(np.e) * 2**24)
+# 2**-f for 0 <= f <= 1 is c0 - f * (c1 - f * (c2 - f * (c3 - f * c4))), to 2**-18, and exact at
+# both ends. c0 and c1 are here times 2**24, c2 2**26, c3 2**28, c4 2**30: then each difference has
+# 24 bits whatever f is. So it is a float32 number with a known unit, and csrc/kernels/quantize.cuh,
+# which has the same, takes a step in one fused multiply-add that rounds towards zero.
+EXP2_POLYNOMIAL = (0x1000000, 0xB16C1C, 0xF526C3, 0xD99C69, 0x6F0C76)
+EXP2_SHIFTS = (18, 18, 18, 16)  # of f, and from a coefficient's scale to the next, last one first
+_LOG2_E = np.float32(np.log2(np.e) * 2**16)
 
 
 def flush(x: jax.Array) -> jax.Array:
@@ -95,7 +98,7 @@ def _power_of_two_scales(amax: jax.Array, largest_exponent: int) -> jax.Array:
 def silu_mul(x: jax.Array) -> jax.Array:
     """Returns silu(gate) * up in float32, x [..., 2f] being gate, then up: float32[..., f].
 
-    silu(g) = g / (1 + exp(-g)) is computed as (g or g * e) * (1 / (1 + e)) with e = exp(-|g|), so
+    silu(g) = g / (1 + exp(-g)) is computed as max(g, g * e) * (1 / (1 + e)) with e = exp(-|g|), so
     that nothing overflows; see `exp_negative`. Where finite numbers multiply to more than float32
     holds, the result is the largest float32.
     """
@@ -103,7 +106,7 @@ def silu_mul(x: jax.Array) -> jax.Array:
     gate = flush(lax.slice_in_dim(x, 0, f, axis=-1).astype(jnp.float32))
     up = flush(lax.slice_in_dim(x, f, 2 * f, axis=-1).astype(jnp.float32))
     e = exp_negative(jnp.abs(gate))
-    numerator = jnp.where(gate >= 0, gate, flush(gate * e))
+    numerator = jnp.maximum(gate, flush(gate * e))
     silu = flush(numerator * (1.0 / (1.0 + e)))
     product = silu * up
     finite = jnp.isfinite(gate) & jnp.isfinite(up)
@@ -111,29 +114,26 @@ def silu_mul(x: jax.Array) -> jax.Array:
 
 
 def exp_negative(x: jax.Array) -> jax.Array:
-    """Returns exp(-x) for x >= 0, to about 2**-22 * (1 + x); 0 where it is below 2**-125.
+    """Returns exp(-x) for x >= 0, to 2**-16.7 + 2**-24 * x; 0 where it is below 2**-126.
 
-    exp(-x) = 2**-(n + f) = 2**(1 - f) * 2**-(n + 1), by integers: x * log2(e) rounded to float32,
-    cut off behind 24 bits of fraction, and a polynomial in u = 1 - f.
+    exp(-x) = 2**-(n + f), by integers: x * log2(e) rounded to float32, then to 16 bits of fraction,
+    and a polynomial in f whose every step is rounded down.
     """
     y = x * _LOG2_E
-    in_range = y < 126 * 2**24
-    fixed = jnp.where(in_range, y, 0.0).astype(jnp.uint32)
-    u = ~(fixed << 8)
-    power = jnp.full_like(u, EXP2_POLYNOMIAL[-1])
-    for coefficient in EXP2_POLYNOMIAL[-2::-1]:
-        power = np.uint32(coefficient) + _multiply_high(u, power)
-    mantissa = (power + 64) >> 7  # in [2**23, 2**24]
-    bits = mantissa + ((np.uint32(125) - (fixed >> 24)) << 23)
-    return jnp.where(in_range, _as_float(bits), 0.0)
+    end = 128 * 2**16
+    fixed = jnp.round(jnp.where(y < end, y, np.float32(end))).astype(jnp.uint32)
+    f = fixed & 0xFFFF
+    power = jnp.full_like(f, EXP2_POLYNOMIAL[-1])
+    for coefficient, shift in zip(EXP2_POLYNOMIAL[-2::-1], EXP2_SHIFTS, strict=True):
+        power = np.uint32(coefficient) - _multiply_shift(f, power, shift)
+    bits = power + ((np.uint32(125) - (fixed >> 16)) << 23)  # power in [2**23, 2**24]
+    return jnp.where(fixed <= 126 * 2**16, _as_float(bits), 0.0)
 
 
-def _multiply_high(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The upper 32 bits of the 64-bit product of two uint32, without 64-bit types."""
-    low = np.uint32(0xFFFF)
-    x_low, x_high, y_low, y_high = x & low, x >> 16, y & low, y >> 16
-    middle = x_high * y_low + ((x_low * y_low) >> 16)
-    return x_high * y_high + (middle >> 16) + ((x_low * y_high + (middle & low)) >> 16)
+def _multiply_shift(x: jax.Array, y: jax.Array, shift: int) -> jax.Array:
+    """Returns x * y / 2**shift rounded up, x < 2**16, y < 2**24, without 64-bit types."""
+    low = (x * (y & 0xFF) + 0xFF) >> 8
+    return (x * (y >> 8) + low + np.uint32(2 ** (shift - 8) - 1)) >> (shift - 8)
 
 
 def _as_float(bits: jax.Array) -> jax.Array:

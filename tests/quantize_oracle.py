@@ -67,18 +67,18 @@ def block_scales(amax: Array, fp8: str, power_of_two: bool) -> Array:
 
 def exp_negative(x: Array) -> Array:
     """exp(-x) for x >= 0, by the integers that quantize_reference.py describes."""
-    y = x * np.float32(np.log2(np.e) * 2**24)
-    in_range = y < 126 * 2**24
-    fixed = np.where(in_range, y, 0).astype(np.uint64)
-    u = 2**32 - 1 - (fixed % 2**24) * 2**8
-    power = np.zeros_like(u)
-    for c in (0x001ECA6F, 0x00934EF8, 0x0392887F, 0x0F5EC4FE, 0x2C5C991C, 0x40000000):
-        power = np.uint64(c) + (u * power >> np.uint64(32))
-    mantissa = (power + np.uint64(64)) >> np.uint64(7)
-    result = np.ldexp(mantissa.astype(np.float64), -24 - (fixed >> np.uint64(24)).astype(int))
+    y = x * np.float32(np.log2(np.e) * 2**16)
+    fixed = np.rint(np.where(y < 2**23, y, np.float32(2**23))).astype(np.int64)
+    n, f = fixed >> 16, fixed & 0xFFFF
+    power = np.full_like(f, 0x6F0C76)
+    for c, shift in ((0xD99C69, 18), (0xF526C3, 18), (0xB16C1C, 18), (0x1000000, 16)):
+        power = (c << shift) - f * power >> shift
+        assert ((power >= 2**23) & (power <= 2**24)).all()
+    result = np.ldexp(power.astype(np.float64), -24 - n)
+    result = np.where(result < TINY, 0, result)
     exact = result.astype(np.float32)
     assert (exact == result).all()
-    return np.where(in_range, exact, np.float32(0))
+    return exact
 
 
 def silu_mul(x: Array) -> Array:
@@ -87,7 +87,7 @@ def silu_mul(x: Array) -> Array:
     gate, up = (flush(part.astype(np.float32)) for part in (x[..., :f], x[..., f:]))
     with np.errstate(all="ignore"):
         e = exp_negative(np.abs(gate))
-        numerator = np.where(gate >= 0, gate, flush(gate * e))
+        numerator = np.maximum(gate, flush(gate * e))
         silu = flush(numerator * (np.float32(1) / (np.float32(1) + e)))
         product = silu * up
     clipped = np.clip(product, -LARGEST_FLOAT, LARGEST_FLOAT)

@@ -39,8 +39,9 @@ void BindQuantize(nb::module_& m) {
 
   m.def("quantize_kernel_name",
         [](const QuantizeFields& problem) { return KernelName(ToQuantizeProblem(problem)); });
-  m.def("quantize_grid_size",
-        [](const QuantizeFields& problem) { return GridSize(ToQuantizeProblem(problem)); });
+  m.def("quantize_grid_size", [](const QuantizeFields& problem, int num_sms) {
+    return GridSize(ToQuantizeProblem(problem), num_sms);
+  });
   m.def("quantize_kernel_source", [](const QuantizeFields& problem) {
     const jit::KernelSource source = QuantizeSource(ToQuantizeProblem(problem));
     nb::dict headers;

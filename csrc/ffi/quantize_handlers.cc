@@ -138,7 +138,7 @@ xffi::AnyBuffer Result(const xffi::RemainingRets& results, size_t index) {
   return *result;
 }
 
-xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
+xffi::Error Execute(CUstream stream, int32_t device, QuantizeState* state, xffi::AnyBuffer x,
                     xffi::RemainingArgs sizes, xffi::RemainingRets results) {
   return Guarded([&] {
     const QuantizeProblem& p = state->problem;
@@ -173,7 +173,9 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
     }
     // No launch would be an empty graph, if this were captured; but XLA folds operations without
     // elements (ZeroSizedHloElimination).
-    if (GridSize(p) == 0) return;
+    const int64_t grid = GridSize(p, p.num_sizes > 0 ? state->kernel->NumSms(device) : 0);
+    if (grid == 0) return;
+    params.batch = static_cast<int>(p.batch);
     params.num_sizes = static_cast<int>(p.num_sizes);
     params.rows = static_cast<int>(p.rows);
     params.k = static_cast<int>(p.k);
@@ -182,7 +184,7 @@ xffi::Error Execute(CUstream stream, QuantizeState* state, xffi::AnyBuffer x,
     params.scales_pitch = static_cast<int>(p.batch * p.rows);
     params.scales_t_pitch = static_cast<int>(p.batch * p.k);
     void* arguments[] = {&params};
-    state->kernel->Launch(stream, static_cast<int>(GridSize(p)), arguments);
+    state->kernel->Launch(stream, static_cast<int>(grid), arguments);
   });
 }
 
@@ -196,6 +198,7 @@ XLA_FFI_DEFINE_HANDLER(
 XLA_FFI_DEFINE_HANDLER(kExecute, Execute,
                        xffi::Ffi::BindExecute()
                            .Ctx<xffi::PlatformStream<CUstream>>()
+                           .Ctx<xffi::DeviceOrdinal>()
                            .Ctx<xffi::State<QuantizeState>>()
                            .Arg<xffi::AnyBuffer>()
                            .RemainingArgs()

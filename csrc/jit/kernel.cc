@@ -106,6 +106,12 @@ void Kernel::Prepare(int device) {
   prepared_.fetch_or(bit, std::memory_order_release);
 }
 
+int Kernel::NumSms(int device) const {
+  CUdevice handle = 0;
+  Check(driver_->cuDeviceGet(&handle, device), "cuDeviceGet");
+  return DeviceAttribute(*driver_, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle);
+}
+
 void Kernel::Launch(CUstream stream, int grid, void** args) const {
   CUlaunchAttribute cluster = {};
   cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;

@@ -39,6 +39,9 @@ class Kernel {
   // Throws Error, also when the device is no Hopper GPU.
   void Prepare(int device);
 
+  // How many multiprocessors a prepared device has. No lock. Throws Error.
+  int NumSms(int device) const;
+
   // Enqueues `grid` blocks on the stream, whose device must be prepared; `args` points to one
   // pointer per kernel parameter. No allocation, no lock, no environment. Throws Error.
   void Launch(CUstream stream, int grid, void** args) const;

@@ -28,8 +28,8 @@
 // Values that are not finite are rare. A maximum that keeps NaN shows whether a block has any; only
 // then the code runs that looks at each value.
 //
-// Rows that do not count (sizes) are neither read nor written; a tile without any that do ends at
-// once.
+// Rows that do not count (sizes) are neither read nor written, and tiles without any that do cost
+// nothing: CTAs, no more than a few waves of them, share the others.
 //
 // config:: holds constants: kOp, kInput, kOutput, kPowerOfTwo, kHasSizes, kTileGroups (g above),
 // kVectorColumns (k is a multiple of 8: 16-byte loads, 8-byte stores), kVectorRows (rows are a
@@ -77,6 +77,10 @@ constexpr int kLargestExponent = kOutput == Fp8Type::kE4m3 ? 8 : 15;
 constexpr float kInverseLargest =
     static_cast<float>(1.0 / (1.75 * (1 << kLargestExponent)));  // rounded once, as NumPy does
 
+// 2^-f = 1 - c1 f + c2 f^2 - c3 f^3 + c4 f^4 for 0 <= f <= 1, to 2^-18; EXP2_POLYNOMIAL in
+// quantize_reference.py.
+constexpr float kExp2[] = {1.0f, 0xb16c1cp-24f, 0xf526c3p-26f, 0xd99c69p-28f, 0x6f0c76p-30f};
+
 // --- Instructions --------------------------------------------------------------------------------
 
 // 16 bytes, or zeros if not `valid`; without a branch, so that loads follow each other closely. x
@@ -103,6 +107,20 @@ __device__ __forceinline__ void st_global_v2(void* address, uint32_t x, uint32_t
 __device__ __forceinline__ float mul_ftz(float x, float y) {
   float product;
   asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(y));
+  return product;
+}
+
+// x * y + z in one instruction. Of the same in C++ the compiler makes a shift, a mask and a sum.
+__device__ __forceinline__ uint32_t mad_lo(uint32_t x, uint32_t y, uint32_t z) {
+  uint32_t sum;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(sum) : "r"(x), "r"(y), "r"(z));
+  return sum;
+}
+
+// The product, but 0 if it is below and 1 if it is above them; 0 for NaN.
+__device__ __forceinline__ float mul_sat(float x, float y) {
+  float product;
+  asm("mul.rn.ftz.sat.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(y));
   return product;
 }
 
@@ -156,26 +174,28 @@ __device__ __forceinline__ float scale_of(uint32_t amax) {
   return amax < kSmallestNormal ? 1.0f : scale;
 }
 
-// exp(-x) for x >= 0: 2^-(n + f) = 2^(1 - f) * 2^-(n + 1), by integers. See `exp_negative` in
-// quantize_reference.py.
+// exp(-x) for x >= 0: x * log2(e) = n + f, with 16 bits of fraction, and 2^-f by a polynomial, to
+// the bits of `exp_negative` in quantize_reference.py, whose integers are here the fractions of
+// float32 numbers that stay within one power of two: a rounding of the float32 unit is a rounding
+// of the integer, and each step of the polynomial one instruction.
 __device__ __forceinline__ float exp_negative(float x) {
-  const float y = mul_ftz(x, 24204406.0f);  // log2(e) * 2^24
-  const uint32_t fixed = __float2uint_rz(y);
-  const uint32_t u = ~(fixed << 8);
-  uint32_t power = 0x001eca6f;
-  power = 0x00934ef8 + __umulhi(u, power);
-  power = 0x0392887f + __umulhi(u, power);
-  power = 0x0f5ec4fe + __umulhi(u, power);
-  power = 0x2c5c991c + __umulhi(u, power);
-  power = 0x40000000 + __umulhi(u, power);
-  const uint32_t bits = ((power + 64) >> 7) + ((125 - (fixed >> 24)) << 23);
-  return y < 126.0f * (1 << 24) ? as_float(bits) : 0.0f;
+  const float y = mul_sat(x, 0x1.715476p-7f);            // (n + f) / 128, at most 1
+  const float sum = __fmaf_rn(y, 2.0f, 2.0f);            // in [2, 4], in units of 2^-22: 2^-16 of f
+  const float whole = as_float(as_bits(sum) & ~0xffff);  // 2 + n / 64
+  const float f = __fadd_rn(sum, -whole);                // f / 64: the powers of 64 below; exact
+  float power = __fmaf_rz(-f, kExp2[4] * 0x1p25f, kExp2[3] * 0x1p19f);
+  power = __fmaf_rz(-f, power, kExp2[2] * 0x1p13f);
+  power = __fmaf_rz(-f, power, kExp2[1] * 0x1p7f);
+  power = __fmaf_rz(-f, power, kExp2[0] * 0x1p1f);  // 2 * 2^-f
+  // Twice the result, lest the exponent of 2^-128 be negative: it is zero for whole = 4, and what
+  // is less than 2^-126 becomes zero with the factor.
+  return mul_ftz(as_float(mad_lo(as_bits(whole), -(1u << 7), as_bits(power))), 0.5f);
 }
 
 // silu(gate) * up; infinite where that overflows.
 __device__ __forceinline__ float silu_mul(float gate, float up) {
   const float e = exp_negative(fabsf(gate));
-  const float numerator = mul_ftz(gate, gate >= 0 ? 1.0f : e);
+  const float numerator = fmaxf(gate, mul_ftz(gate, e));  // the first unless gate is negative
   return mul_ftz(mul_ftz(numerator, reciprocal_of(1.0f + e)), up);
 }
 
@@ -183,6 +203,7 @@ __device__ __forceinline__ float silu_mul(float gate, float up) {
 
 struct Raw {
   uint4 words[kLoads];
+  uint32_t zero;  // of bf16; see wait_for_loads
 
   __device__ __forceinline__ uint32_t word(int i) const {
     const uint4& v = words[i / 4];
@@ -203,8 +224,8 @@ struct Raw {
   __device__ __forceinline__ float get(int i) const {
     if (kInput == FloatType::kF32) return as_float(word(i));
     const uint32_t pair = word(i / 2);
-    if (kInput == FloatType::kBf16) {
-      return as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000);
+    if (kInput == FloatType::kBf16) {  // one instruction, `zero` included
+      return as_float(i % 2 == 0 ? mad_lo(pair, 1 << 16, zero) : (pair & 0xffff0000) ^ zero);
     }
     const auto half = static_cast<unsigned short>(i % 2 == 0 ? pair : pair >> 16);
     float value;
@@ -253,12 +274,15 @@ __device__ __forceinline__ void store(char* out, uint32_t low, uint32_t high, in
 }
 
 // Keeps the compiler from using the first value before the last load is issued, which it prefers
-// because it saves registers: all values depend on the outcome of a barrier, which is zero.
+// because it saves registers: all values depend on the outcome of a barrier, which is zero. What
+// makes float32 of bf16 takes it in for nothing.
 __device__ __forceinline__ void wait_for_loads(const QuantizeParams& params, Raw (&raw)[kPieces],
                                                Raw (&up)[kPieces]) {
   const auto zero = static_cast<uint32_t>(__syncthreads_or(params.k < 0));
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
+    raw[i].zero = up[i].zero = zero;
+    if (kInput == FloatType::kBf16) continue;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       uint4& x = raw[i].words[j];
@@ -327,14 +351,100 @@ __device__ __forceinline__ uint32_t max_of_half_warp(uint32_t value) {
   return value;
 }
 
-// --- A tile --------------------------------------------------------------------------------------
+// --- Tiles ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+// A matrix and how many of its rows count.
+struct Matrix {
+  int index;
+  int rows;
+};
+
+// The tiles of a CTA, index after index. Without sizes it has one, that of its block index.
+// Otherwise only tiles with rows that count have an index, a CTA takes every gridDim.x-th, and each
+// warp looks them up, 32 matrices (a page) at a time, one for each lane: many groups of which few
+// have rows cost a few loads and scans, not a CTA for each tile.
+class TileIndices {
+ public:
+  __device__ __forceinline__ explicit TileIndices(const QuantizeParams& params) : params_(params) {
+    if (config::kHasSizes) read_page();
+  }
+
+  // The matrix that has the tile; `tile` becomes the tile's index in it. Indices must not decrease.
+  // False if there is no such tile. Whole warps.
+  __device__ __forceinline__ bool find(uint32_t& tile, Matrix& matrix) {
+    if constexpr (config::kHasSizes) {
+      uint32_t found;
+      while ((found = __ballot_sync(0xffffffff, tile < end_)) == 0) {
+        before_ = __shfl_sync(0xffffffff, end_, 31);
+        page_ += 32;
+        if (page_ >= params_.batch) return false;
+        read_page();
+      }
+      const int lane = __ffs(static_cast<int>(found)) - 1;
+      matrix = {page_ + lane, __shfl_sync(0xffffffff, rows_, lane)};
+      tile -= lane == 0 ? before_ : __shfl_sync(0xffffffff, end_, lane - 1);
+    } else {
+      const uint32_t tiles = params_.row_tiles * params_.column_tiles;
+      matrix = {static_cast<int>(tile / tiles), params_.rows};
+      tile %= tiles;
+    }
+    return true;
+  }
+
+ private:
+  // Sets rows_ and end_.
+  __device__ __forceinline__ void read_page() {
+    const int lane = laneid();
+    const int matrices = min(32, params_.batch - page_);
+    const int* sizes = params_.sizes + static_cast<long long>(page_) * params_.num_sizes;
+    rows_ = 0;
+    if (params_.num_sizes == 1) {
+      if (lane < matrices) rows_ = min(max(0, sizes[lane]), params_.rows);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < matrices; ++i, sizes += params_.num_sizes) {
+        const int rows = sum(sizes);
+        if (lane == i) rows_ = rows;
+      }
+    }
+    end_ = ceil_div(rows_, kTileRows) * params_.column_tiles;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const uint32_t below = __shfl_up_sync(0xffffffff, end_, distance);
+      if (lane >= distance) end_ += below;
+    }
+    end_ += before_;
+  }
+
+  // The sum of a matrix' sizes, at most its rows; negative ones count as 0. Whole warps.
+  __device__ __forceinline__ int sum(const int* sizes) const {
+    const auto most = static_cast<uint32_t>(params_.rows);
+    uint32_t sum = 0;  // two numbers below 2^31 do not overflow it
+#pragma unroll 1
+    for (int i = laneid(); i < params_.num_sizes; i += 32) {
+      sum = min(sum + static_cast<uint32_t>(max(0, sizes[i])), most);
+    }
+    const uint64_t low = __reduce_add_sync(0xffffffff, sum & 0xffff);
+    const uint64_t high = __reduce_add_sync(0xffffffff, sum >> 16);
+    return static_cast<int>(min((high << 16) + low, static_cast<uint64_t>(most)));
+  }
+
+  const QuantizeParams& params_;
+  int page_ = 0;         // the first of its matrices
+  uint32_t before_ = 0;  // tiles of the matrices before the page
+  // Of the lane's matrix: rows that count; tiles of all matrices up to this one.
+  int rows_ = 0;
+  uint32_t end_ = 0;
+};
 
 // Which part of which matrix a CTA has, and what of it a thread has.
 struct Tile {
   int matrix;
   int row;     // of the matrix
   int column;  // of the values
-  int rows;    // that count, from `row` on; may be more than the tile's, or none
+  int rows;    // that count, from `row` on; may be more than the tile's
   // Of the thread: lane and half-warp; the tile's row of its first piece, the matrix' column of all
   // of them; how many of its pieces are there; and of their 8 columns, how many.
   int lane;
@@ -344,43 +454,32 @@ struct Tile {
   int pieces;
   int columns;
 
-  __device__ __forceinline__ explicit Tile(const QuantizeParams& params) {
-    const int row_tile = static_cast<int>(blockIdx.x) / params.column_tiles;
-    matrix = row_tile / params.row_tiles;
-    row = row_tile % params.row_tiles * kTileRows;
-    column =
-        static_cast<int>(blockIdx.x) % params.column_tiles * config::kTileGroups * kQuantizeBlock;
-    const int count =
-        config::kHasSizes
-            ? valid_rows(params.sizes + static_cast<long long>(matrix) * params.num_sizes, params)
-            : params.rows;
-    rows = count - row;
-    lane = static_cast<int>(threadIdx.x) % kLanes;
-    half_warp = static_cast<int>(threadIdx.x) / kLanes;
-    first_row = kConsecutiveRows ? half_warp * kPieces : half_warp / config::kTileGroups;
+  // Tile `index` of a matrix.
+  __device__ __forceinline__ Tile(const QuantizeParams& params, const Matrix& in, uint32_t index) {
+    const uint32_t row_tile = index / static_cast<uint32_t>(params.column_tiles);
+    const uint32_t column_tile = index - row_tile * params.column_tiles;
+    matrix = in.index;
+    row = static_cast<int>(row_tile * kTileRows);
+    column = static_cast<int>(column_tile * config::kTileGroups * kQuantizeBlock);
+    rows = in.rows - row;
+    lane = static_cast<int>(threadIdx.x % kLanes);
+    half_warp = static_cast<int>(threadIdx.x / kLanes);
+    first_row = kConsecutiveRows ? half_warp * kPieces
+                                 : static_cast<int>(threadIdx.x / (kLanes * config::kTileGroups));
     first_column = column + group() * kQuantizeBlock + lane * kPerLane;
     columns = params.k - first_column;
-    pieces = columns > 0 ? (rows - first_row + kRowStep - 1) / kRowStep : 0;
+    pieces = columns > 0 && rows > first_row ? ceil_div(rows - first_row, kRowStep) : 0;
   }
 
   // The 128 columns of the tile that the thread's pieces have.
-  __device__ __forceinline__ int group() const { return half_warp % config::kTileGroups; }
+  __device__ __forceinline__ int group() const {
+    return static_cast<int>(threadIdx.x / kLanes % config::kTileGroups);
+  }
 
   // The index of a row of the tile among the rows of all matrices.
   __device__ __forceinline__ long long global_row(const QuantizeParams& params,
                                                   int tile_row) const {
     return static_cast<long long>(matrix) * params.rows + row + tile_row;
-  }
-
-  // The sum of a matrix' sizes, at most its rows; negative ones count as 0. Whole warps.
-  __device__ __forceinline__ static int valid_rows(const int* sizes, const QuantizeParams& params) {
-    long long sum = 0;
-    for (int i = laneid(); i < params.num_sizes; i += 32) sum += max(0, sizes[i]);
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-      sum += __shfl_xor_sync(0xffffffff, sum, distance);
-    }
-    return static_cast<int>(min(sum, static_cast<long long>(params.rows)));
   }
 };
 
@@ -434,14 +533,15 @@ __device__ __forceinline__ void quantize_tokens(const QuantizeParams& params, co
     if (tile.lane == 0) scales[tile.group()][tile.first_row + i * kRowStep] = scale;
   }
   __syncthreads();
-  // To [k-blocks][rows of all matrices].
-  for (int i = static_cast<int>(threadIdx.x); i < kScalesPerTile; i += kQuantizeThreads) {
-    const int tile_row = i % kTileRows, group = i / kTileRows;
-    const int column = tile.column + group * kQuantizeBlock;
-    if (tile_row < tile.rows && column < params.k) {
-      params.scales[static_cast<long long>(column / kQuantizeBlock) * params.scales_pitch +
-                    tile.global_row(params, tile_row)] = scales[group][tile_row];
-    }
+  // A scale a thread, to [k-blocks][rows of all matrices].
+  static_assert(kScalesPerTile <= kQuantizeThreads, "a thread writes one scale at most");
+  if (threadIdx.x >= kScalesPerTile) return;
+  const int tile_row = static_cast<int>(threadIdx.x % kTileRows);
+  const int group = static_cast<int>(threadIdx.x / kTileRows);
+  const int k_block = tile.column / kQuantizeBlock + group;
+  if (tile_row < tile.rows && k_block * kQuantizeBlock < params.k) {
+    params.scales[static_cast<long long>(k_block) * params.scales_pitch +
+                  tile.global_row(params, tile_row)] = scales[group][tile_row];
   }
 }
 
@@ -596,13 +696,7 @@ __device__ __forceinline__ void quantize_transposed(const QuantizeParams& params
   store_transposed(params, tile, smem);
 }
 
-}  // namespace dg
-
-extern "C" __global__ void __launch_bounds__(dg::kQuantizeThreads, dg::config::kMinBlocks)
-    DG_KERNEL_NAME(const dg::QuantizeParams params) {
-  using namespace dg;
-  const Tile tile(params);
-  if (config::kHasSizes && tile.rows <= 0) return;
+__device__ __forceinline__ void quantize_tile(const QuantizeParams& params, const Tile& tile) {
   const long long columns = (kOp == QuantizeOp::kSiluMul ? 2LL : 1LL) * params.k;
   const char* x =
       static_cast<const char*>(params.x) +
@@ -624,4 +718,20 @@ extern "C" __global__ void __launch_bounds__(dg::kQuantizeThreads, dg::config::k
     quantize_tokens(params, tile, raw, up);
   }
   if constexpr (writes_transposed(kOp)) quantize_transposed(params, tile, raw);
+}
+
+}  // namespace dg
+
+extern "C" __global__ void __launch_bounds__(dg::kQuantizeThreads, dg::config::kMinBlocks)
+    DG_KERNEL_NAME(const dg::QuantizeParams params) {
+  using namespace dg;
+  TileIndices indices(params);
+  for (uint32_t index = blockIdx.x;; index += gridDim.x) {
+    uint32_t tile = index;
+    Matrix matrix;
+    if (!indices.find(tile, matrix)) return;
+    // What a tile leaves in shared memory is read before wait_for_loads, and written behind it.
+    quantize_tile(params, Tile(params, matrix, tile));
+    if (!config::kHasSizes) return;
+  }
 }

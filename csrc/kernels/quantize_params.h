@@ -44,6 +44,7 @@ struct QuantizeParams {
                        // per block: [batch, ceil(rows/128), ceil(k/128)]
   void* values_t;      // fp8 [batch, k, rows]
   float* scales_t;     // [ceil(rows/128), scales_t_pitch], columns of all matrices contiguous
+  int batch;           // matrices
   int num_sizes;       // 0: all rows count
   int rows;            // of a matrix
   int k;               // columns of the values

@@ -1,5 +1,6 @@
 #include "csrc/quantize/quantize.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <sstream>
@@ -20,6 +21,10 @@ constexpr std::array<const char*, 2> kOutputNames = {"e4m3fn", "e5m2"};
 // An H100 has 132 SMs; with two CTAs for each, half a tile's width costs nothing.
 constexpr int64_t kFullGrid = 264;
 
+// CTAs that share tiles, in multiples of those that a GPU holds at once. All of them start, however
+// few rows count: that costs about a microsecond a wave. With two, one that is late holds up less.
+constexpr int64_t kWaves = 2;
+
 template <typename Enum>
 constexpr int Index(Enum value) {
   return static_cast<int>(value);
@@ -39,10 +44,11 @@ bool HasVectorRows(const QuantizeProblem& problem) {
 }
 
 // CTAs that an SM must have registers for: three keep twice the bytes in flight that the memory
-// wants, two where more registers save spilling.
+// wants, two where more registers save spilling. SwiGLU computes for about as long as it loads, and
+// with four one computes while others load.
 int MinBlocks(const QuantizeProblem& problem) {
-  const bool simple = problem.op == QuantizeOp::kPerToken || problem.op == QuantizeOp::kPerBlock;
-  return simple && problem.input == FloatType::kBf16 && HasVectorColumns(problem) ? 3 : 2;
+  if (problem.input != FloatType::kBf16 || !HasVectorColumns(problem)) return 2;
+  return problem.op == QuantizeOp::kSiluMul ? 4 : writes_transposed(problem.op) ? 2 : 3;
 }
 
 }  // namespace
@@ -82,8 +88,9 @@ int64_t ColumnTiles(const QuantizeProblem& problem) {
   return CeilDiv(problem.k, kQuantizeBlock * TileGroups(problem));
 }
 
-int64_t GridSize(const QuantizeProblem& problem) {
-  return problem.batch * RowTiles(problem) * ColumnTiles(problem);
+int64_t GridSize(const QuantizeProblem& problem, int64_t num_sms) {
+  const int64_t tiles = problem.batch * RowTiles(problem) * ColumnTiles(problem);
+  return problem.num_sizes == 0 ? tiles : std::min(tiles, kWaves * num_sms * MinBlocks(problem));
 }
 
 std::string KernelName(const QuantizeProblem& problem) {

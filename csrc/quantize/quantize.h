@@ -28,10 +28,13 @@ std::string WhyUnsupported(const QuantizeProblem& problem);
 // Tiles of 128 columns side by side in a CTA's tile. Fewer where the CTAs would not fill the GPU.
 int TileGroups(const QuantizeProblem& problem);
 
-// Tiles below each other in a matrix, tiles side by side, and the CTAs of a launch.
+// Tiles below each other in a matrix, and tiles side by side.
 int64_t RowTiles(const QuantizeProblem& problem);
 int64_t ColumnTiles(const QuantizeProblem& problem);
-int64_t GridSize(const QuantizeProblem& problem);
+
+// The CTAs of a launch on a GPU with num_sms multiprocessors: one for each tile; but with sizes no
+// more than are there at twice, which share the tiles whose rows count.
+int64_t GridSize(const QuantizeProblem& problem, int64_t num_sms);
 
 // The kernel's name, also its symbol, for example
 // "dg_quantize_per_token_bf16_e4m3fn_g4". One kernel serves many sizes.

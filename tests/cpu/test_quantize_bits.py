@@ -89,14 +89,25 @@ def test_silu_mul_is_accurate() -> None:
     g = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         wanted = g / (1 + np.exp(-g)) * 1.5
-    # Below exp(-87) it is zero.
-    bound = 2.0**-22 * (1 + np.abs(g)) * np.abs(wanted) + 2e-36
+    # Below exp(-87.3) it is zero.
+    bound = (2.0**-16.7 + 2.0**-24 * np.abs(g)) * np.abs(wanted) + 2e-36
     assert (np.abs(got - wanted) <= bound).all()
 
 
 def test_exp_negative_of_zero_is_one() -> None:
     assert exp_negative(jnp.zeros(1)).tolist() == [1.0]
     assert exp_negative(jnp.asarray([np.inf, np.nan, 1e30, 88.0])).tolist() == [0.0] * 4
+
+
+def test_exp_negative_has_the_bits_of_the_oracle_for_every_fraction() -> None:
+    """All 2**16 fractions, with several exponents; it falls, also from one exponent to the next."""
+    x = (np.arange(4 * 2**16) / np.log2(np.e) / 2**16).astype(np.float32)
+    x = np.concatenate([x, x + np.float32(20), np.linspace(80, 90, 2**16, dtype=np.float32)])
+    got = np.asarray(jax.jit(exp_negative)(x))
+    oracle.assert_same_bits(got, oracle.exp_negative(x))
+    assert (np.diff(got[: 4 * 2**16]) <= 0).all()
+    relative = np.abs(got / np.exp(-x.astype(np.float64)) - 1)[x < 87.3]
+    assert (relative <= 2.0**-16.7 + 2.0**-24 * x[x < 87.3]).all()
 
 
 # --- Rows that do not count ----------------------------------------------------------------------

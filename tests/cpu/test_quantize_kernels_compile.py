@@ -73,8 +73,11 @@ def test_resources(name: str, builds: dict[str, concurrent.futures.Future[dict[s
     resources = result["resources"]
     assert resources["spill_bytes"] == 0, result["log"]
     assert resources["stack_bytes"] == 0, result["log"]
-    # Two blocks of 256 threads, at least, share an SM's 65536 registers.
-    assert 0 < resources["registers"] <= 128
+    # Blocks of 256 threads share an SM's 65536 registers, which come in eights a thread.
+    blocks = re.search(r"kMinBlocks = (\d)", _native.quantize_kernel_source(PROBLEMS[name])[0])
+    assert blocks is not None
+    registers = -(-resources["registers"] // 8) * 8
+    assert 0 < registers * 256 * int(blocks[1]) <= 65536
     assert re.search(r"\b\d+ bytes smem\b", result["log"]), "static shared memory is used"
 
 
@@ -141,7 +144,17 @@ def test_only_tokens_take_sizes() -> None:
 )
 def test_grid(op: str, rows: int, k: int, grid: int) -> None:
     problem = QuantizeProblem(OPS.index(op), 0, 0, 0, 1, rows, k, 0)
-    assert _native.quantize_grid_size(problem) == grid
-    assert (
-        _native.quantize_grid_size(np.array(problem._replace(batch=3))) == 3 * grid or op in SIZED
-    )
+    assert _native.quantize_grid_size(problem, 132) == grid
+    three = np.array(problem._replace(batch=3))
+    assert _native.quantize_grid_size(three, 132) == 3 * grid or op in SIZED
+
+
+def test_grid_with_sizes() -> None:
+    """A CTA a tile, but no more than a GPU holds at twice: three or four an SM here."""
+    for op, rows, grid in [
+        ("quantize_per_token", 64, 3 * 2 * 56),
+        ("quantize_per_token", 2**20, 132 * 3 * 2),
+        ("silu_mul_quantize", 2**20, 132 * 4 * 2),
+    ]:
+        problem = QuantizeProblem(OPS.index(op), 0, 0, 0, 3, rows, 7168, 1)
+        assert _native.quantize_grid_size(problem, 132) == grid

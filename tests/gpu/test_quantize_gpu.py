@@ -160,6 +160,36 @@ def test_masked_rows_are_left_alone(op: str, dtype: str, k: int, max_m: int) -> 
 
 
 @pytest.mark.parametrize("op", SIZED_OPS)
+def test_many_groups_of_which_few_have_rows(op: str) -> None:
+    """More than the 32 that a warp looks up at once, and more tiles than CTAs."""
+    rng = np.random.default_rng(SEED)
+    groups, max_m = 300, 96
+    counts = rng.integers(1, max_m + 9, groups) * (rng.random(groups) < 0.3)
+    counts[[0, 31, 32, 299]] = 0, max_m, 1, 40
+    x = oracle.inputs("mixed", (groups, max_m, 1024), "bfloat16", rng)
+    valid = np.arange(max_m) < np.clip(counts, 0, max_m)[:, None]
+    dirty = np.where(valid[..., None], x, np.nan).astype(x.dtype)
+    wanted = oracle.expected(op, x, "float8_e4m3fn", False)
+    check_rows(run_into_poison(op, "masked_m", dirty, counts.astype(np.int32)), wanted, valid)
+
+
+@pytest.mark.parametrize("op", SIZED_OPS)
+def test_more_tiles_than_ctas(op: str) -> None:
+    """All of whose rows count, of three matrices with several sizes each."""
+    rng = np.random.default_rng(SEED)
+    x = oracle.inputs("normal", (3, 2000, 4096), "bfloat16", rng)
+    sizes = np.array([[700, 1300, -1], [0, 1999, 0], [2**31 - 1, 0, 5]], np.int32)
+    function = jax.vmap(
+        lambda x, sizes: compiled(op, "float8_e4m3fn", False, "group_sizes")(x, sizes)
+    )
+    values, scales = map(np.asarray, jax.jit(function)(x, sizes))
+    valid = np.arange(2000) < np.array([2000, 1999, 2000])[:, None]
+    wanted = oracle.expected(op, x, "float8_e4m3fn", False)
+    oracle.assert_same_bits(values[valid], wanted[0][valid])
+    oracle.assert_same_bits(np.moveaxis(scales, 1, -1)[valid], wanted[1][valid])
+
+
+@pytest.mark.parametrize("op", SIZED_OPS)
 @pytest.mark.parametrize(
     "sizes",
     [
