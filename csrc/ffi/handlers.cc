@@ -367,6 +367,7 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     params.sfa_pitch = static_cast<int>(sfa_pitch);
     params.num_groups = static_cast<int>(problem.num_groups);
     const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config);
+    params.a_box = specs.a.box_rows;
     const jit::Driver& driver = state->driver;
     CUtensorMap map_a = Encode(driver, specs.a, a.untyped_data());
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());
