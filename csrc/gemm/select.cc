@@ -18,6 +18,7 @@ constexpr double kL2BytesPerUs = 7.96e6;       // TMA loads that hit L2, all SMs
 constexpr double kInStep = 1.39;               // more of it in the first three rounds
 constexpr double kSmBytesPerCycle = 58;        // what one SM takes in through TMA
 constexpr double kMinKBlockCycles = 263;       // full wait, wgmma, empty arrival, in a row
+constexpr double kMinCopyCycles = 400;         // the same where lanes copy SFA, m no multiple of 4
 constexpr double kGapCycles = 64;              // between a wgmma and its warpgroup's next one
 constexpr double kLaunchUs = 1.15;             // launch, first loads, last store
 constexpr double kSecondWarpgroupUs = 0.2;     // more of it with two math warpgroups
@@ -176,7 +177,8 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config) {
     const double rate = kL2BytesPerUs * (tiling.rounds <= 3 ? kInStep : 1);
     l2 = shared * ctas / rate * 1e3 * kClockGhz;
   }
-  const double k_block = std::max({math, fill, l2, kMinKBlockCycles}) + kExposedL2 * l2;
+  const double shortest = problem.m % 4 == 0 ? kMinKBlockCycles : kMinCopyCycles;
+  const double k_block = std::max({math, fill, l2, shortest}) + kExposedL2 * l2;
 
   const double boxes = columns / smem.store_cols();
   const double epilogue =

@@ -116,12 +116,12 @@ __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map
   const int sfa_row = tile.m & ~3;
   const int sfa_rows = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row));
   const int sfa_bytes = kBulkScales ? sfa_rows * 4 : 0;
-  // Boxes of A that hold rows of the tile. What lies in shared memory where the others would, makes
-  // rows of D that nobody stores. TMA is four times slower with a row that it fills with zeros,
-  // past the end of A, than with one that it copies: for m = 1 that was 1.7 times the whole kernel.
-  const int a_boxes =
-      config::kClusterN > 1 ? 1 : ceil_div(max(0, min(config::kBlockM, tile.rows)), params.a_box);
-  const int a_bytes = config::kClusterN > 1 ? kLayout.a_bytes() : a_boxes * params.a_box * kBlockK;
+  // Boxes of A that hold rows of the tile, one at least. What lies in shared memory where the
+  // others would, makes rows of D that nobody stores. TMA takes about 8 cycles for a row that it
+  // fills with zeros, past the end of A, and 3 for one that it copies: m = 1 took 1.7 times as long
+  // as m = 64.
+  const int a_rows = max(1, ceil_div(min(config::kBlockM, tile.rows), params.a_box)) * params.a_box;
+  const int a_bytes = config::kClusterN > 1 ? kLayout.a_bytes() : a_rows * kBlockK;
   const float* const sfa = params.sfa + sfa_row;
   const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
   const int n_block = tile.n / 128;
@@ -141,11 +141,12 @@ __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map
       mbarrier_arrive_expect_tx(full, a_bytes + kLayout.b_bytes() + sfa_bytes);
       const int k = k_block * kBlockK;
       load_operand<config::kClusterM, config::kBlockN>(smem.b(stage), map_b, full, k, b_row);
-      if constexpr (config::kClusterN > 1) {
-        load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m);
-      } else {
+      load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m);
+      if constexpr (config::kClusterN == 1) {
+        // Seldom more than one. The first is not in the loop: TMA reads the registers that a loop
+        // steps long after it is issued, and small tiles leave the producer 300 cycles a stage.
 #pragma unroll 1
-        for (int row = 0; row < a_boxes * params.a_box; row += params.a_box) {
+        for (int row = params.a_box; row < a_rows; row += params.a_box) {
           tma_load_2d(smem.a(stage) + row * kBlockK, map_a, full, k, tile.m + row);
         }
       }
