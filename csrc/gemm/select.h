@@ -1,6 +1,6 @@
 // Which kernel runs: every legal configuration worth considering, an estimate of its time, and the
 // deterministic choice among them. No measurement at run time: the same problem on the same number
-// of SMs always gets the same kernel, and so the same bits.
+// of SMs, with memory of the same rate, always gets the same kernel, and so the same bits.
 #pragma once
 
 #include <vector>
