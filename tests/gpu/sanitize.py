@@ -53,6 +53,7 @@ MAX_ERROR = 1e-5
 DENSE_CASES = [
     ((130, 136, 304), GemmConfig(64, 64, 4, 1)),
     ((130, 136, 304), GemmConfig(128, 64, 2, 1)),
+    ((20, 264, 400), GemmConfig(64, 64, 3, 1)),
     ((333, 264, 400), GemmConfig(64, 112, 4, 2)),
     ((333, 392, 144), GemmConfig(128, 72, 3, 2, raster_m=1)),
     ((333, 392, 272), GemmConfig(256, 128, 3, 2)),
