@@ -91,13 +91,13 @@ class Gpu(TypedDict):
 
 
 def selection() -> Gpu:
-    """Returns the first Hopper GPU's properties; without one an H100's memory.
+    """Returns the first Hopper GPU's properties; an H100's memory where that is unknown.
 
     Raises:
         RuntimeError: as `get_num_sms` does, which has the limit, too.
     """
     hopper = first_hopper()
-    memory_gbs = hopper["memory_gbs"] if hopper else H100_MEMORY_GBS
+    memory_gbs = (hopper["memory_gbs"] if hopper else 0) or H100_MEMORY_GBS
     return {"num_sms": get_num_sms(), "memory_gbs": memory_gbs}
 
 

@@ -118,6 +118,7 @@ class GemmState {
     if (attributes_.num_sms > 0 && attributes_.num_sms < num_sms) {
       num_sms = static_cast<int>(attributes_.num_sms);
     }
+    const int memory_gbs = jit::MemoryGbs(driver, device);
     const GemmProblem problem = {ToGrouping(attributes_.op),
                                  attributes_.num_groups,
                                  attributes_.m,
@@ -128,7 +129,7 @@ class GemmState {
                                  ToFp8(attributes_.a_type),
                                  ToFp8(attributes_.b_type),
                                  attributes_.batch_invariant != 0,
-                                 jit::MemoryGbs(driver, device)};
+                                 memory_gbs > 0 ? memory_gbs : kH100MemoryGbs};
     std::optional<GemmConfig> config;
     if (attributes_.block_m != 0) {
       const auto narrow = [](int64_t value) { return static_cast<int>(value); };

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <string>
@@ -146,7 +147,7 @@ void CheckHopper(const Driver& driver, CUdevice device) {
 int MemoryGbs(const Driver& driver, CUdevice device) {
   const int64_t khz = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, device);
   const int64_t bits = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, device);
-  return static_cast<int>(2 * khz * (bits / 8) / 1'000'000);
+  return static_cast<int>(std::max<int64_t>(0, 2 * khz * (bits / 8) / 1'000'000));
 }
 
 std::vector<Device> ListDevices() {

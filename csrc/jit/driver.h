@@ -44,7 +44,7 @@ void Check(CUresult result, const char* call);
 // One attribute of a device; throws Error.
 int DeviceAttribute(const Driver& driver, CUdevice_attribute attribute, CUdevice device);
 
-// Peak rate of a device's memory, in GB/s, from its clock and width.
+// Peak rate of a device's memory, in GB/s, from its clock and width; 0 if the driver does not say.
 int MemoryGbs(const Driver& driver, CUdevice device);
 
 // Throws Error, with the device's name and compute capability, unless it runs sm_90a code.

@@ -38,7 +38,7 @@ def small_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "KERNEL_PREFIX", "")
     monkeypatch.setattr(bench, "Flush", NoFlush)
     monkeypatch.setattr(machine, "hopper_gpu", lambda: jax.devices("cpu")[0])
-    monkeypatch.setattr(jax_deepgemm, "get_num_sms", lambda: 132)
+    monkeypatch.setattr(jax_deepgemm.device, "get_num_sms", lambda: 132)
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)  # no PyTorch
     monkeypatch.setattr(tables, "console", tables.Console(width=240))
     monkeypatch.setattr(quantizers, "CASES", CASES)

@@ -194,7 +194,9 @@ static int device(int* handle, int ordinal) { *handle = 10 + ordinal; return 0; 
 static int device_name(char* name, int length, int handle) {
   strncpy(name, handle == 10 ? "Fake GPU 0" : "Fake GPU 1", length); return 0; }
 static int attribute(int* value, int which, int handle) {
-  *value = which == 75 ? MAJOR : which == 76 ? 0 : which == 16 ? 122 + handle : -1; return 0; }
+  *value = which == 75 ? MAJOR : which == 76 ? 0 : which == 16 ? 122 + handle :
+           which == 36 ? (handle == 10 ? 2619000 : 0) : which == 37 ? 5120 : -1;
+  return 0; }
 static int no_context(int* handle) { (void)handle; return 201; }
 static int unused(void) { return 1; }
 int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags,
@@ -233,10 +235,13 @@ def list_devices(tmp_path: Path, init: int, missing: str = "") -> dict[str, obje
     return result
 
 
+HOPPER = {"major": 9, "minor": 0}
+
+
 def test_cuda_devices(tmp_path: Path) -> None:
     assert list_devices(tmp_path, init=0)["devices"] == [
-        {"name": "Fake GPU 0", "ordinal": 0, "major": 9, "minor": 0, "num_sms": 132},
-        {"name": "Fake GPU 1", "ordinal": 1, "major": 9, "minor": 0, "num_sms": 133},
+        {"name": "Fake GPU 0", "ordinal": 0, **HOPPER, "num_sms": 132, "memory_gbs": 3352},
+        {"name": "Fake GPU 1", "ordinal": 1, **HOPPER, "num_sms": 133, "memory_gbs": 0},
     ]
 
 
