@@ -9,7 +9,7 @@ from jax_deepgemm.cli.machine import gpu_stem
 
 # What was measured of each GPU, by the stem of its results file: the memory's rate in TB/s, and the
 # best FP8 GEMM without promotion under the power limit, TFLOP/s. The H100's memory streams
-# 3.07 TB/s of weights, a bit more than it copies; an H200's copies, bytes read and written, are 4.3.
+# 3.07 TB/s of weights, a bit more than it copies; an H200 copies 4.3, bytes read and written.
 ROOFS = {"h100": (3.1, 1575.0), "h200": (4.3, 1590.0)}
 
 # One colour for each operation, told apart by the colour-blind as well (Okabe and Ito's palette).
