@@ -74,7 +74,7 @@ def get_num_sms() -> int:
     Raises:
         RuntimeError: no limit is set and there is no Hopper GPU.
     """
-    hopper = first_hopper()
+    hopper = _first_hopper()
     counts = [hopper["num_sms"]] if hopper else []
     if _num_sms_limit:
         counts.append(_num_sms_limit)
@@ -96,12 +96,12 @@ def selection() -> Gpu:
     Raises:
         RuntimeError: as `get_num_sms` does, which has the limit, too.
     """
-    hopper = first_hopper()
+    hopper = _first_hopper()
     memory_gbs = (hopper["memory_gbs"] if hopper else 0) or H100_MEMORY_GBS
     return {"num_sms": get_num_sms(), "memory_gbs": memory_gbs}
 
 
-def first_hopper() -> dict[str, int] | None:
+def _first_hopper() -> dict[str, int] | None:
     """Properties of the first Hopper GPU that are numbers; None if there is none."""
     for device in _native.cuda_devices():
         if (device["major"], device["minor"]) == (9, 0):

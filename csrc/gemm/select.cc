@@ -6,12 +6,11 @@
 namespace dg {
 namespace {
 
-// The model's constants, fitted to 1500 timed (problem, configuration) pairs of 47 problems, dense
-// and grouped, from one row to 4096, on an H100 SXM with a cold, clean L2; for ten problems of
-// prefill the earlier model, fitted to timings of its own, says how configurations compare. On
-// those, what it selects is 0.5 % slower than the fastest configuration by geometric mean and 6 %
-// at worst; two of the (n, k) took no part in the fit and are no worse. docs/performance.md has the
-// sweep.
+// The model's constants, fitted to 1462 timed (problem, configuration) pairs of 44 problems, dense
+// and grouped, on an H100 SXM with a cold, clean L2; for ten more problems of prefill the earlier
+// model, fitted to timings of its own, says how configurations compare. On all of them, what it
+// selects is 0.5 % slower than the fastest configuration by geometric mean and 6 % at worst; two of
+// the (n, k) took no part in the fit and are no worse. docs/performance.md has the sweep.
 constexpr double kClockGhz = 1.66;             // while multiplying FP8
 constexpr double kHbmShare = 0.875;            // of the peak, streaming weights
 constexpr double kL2BytesPerUs = 7.96e6;       // TMA loads that hit L2, all SMs together
@@ -51,23 +50,23 @@ constexpr double kSwathBytes = 1 << 23;
 
 double HbmBytesPerUs(const GemmProblem& problem) { return kHbmShare * problem.memory_gbs * 1e3; }
 
-// Rows of tiles. Groups are taken to be of one size: sizes are not known before the kernel runs.
-double TileRows(const GemmProblem& problem, const GemmConfig& config) {
+// Rows of tiles in one group. Groups are taken to be of one size: sizes are not known before the
+// kernel runs.
+double GroupTileRows(const GemmProblem& problem, const GemmConfig& config) {
   const int64_t rows = int64_t{config.block_m} * config.cluster_m;
-  if (problem.grouping == Grouping::kDense) return CeilDiv(problem.m, rows);
+  return CeilDiv(problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem), rows);
+}
+
+// Rows of tiles in all groups.
+double TileRows(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.grouping == Grouping::kContiguous) {
+    const int64_t rows = int64_t{config.block_m} * config.cluster_m;
     // Every other border between groups of an odd number of blocks splits a tile of two blocks.
     const int64_t blocks = CeilDiv(RowsPerGroup(problem), kContiguousAlignment);
     const bool splits = rows > kContiguousAlignment && blocks % 2 != 0;
     return CeilDiv(problem.m, rows) + (splits ? (ActiveGroups(problem) - 1) / 2 : 0);
   }
-  return ActiveGroups(problem) * CeilDiv(RowsPerGroup(problem), rows);
-}
-
-// Rows of tiles in one group.
-double GroupTileRows(const GemmProblem& problem, const GemmConfig& config) {
-  const int64_t rows = int64_t{config.block_m} * config.cluster_m;
-  return CeilDiv(problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem), rows);
+  return ActiveGroups(problem) * GroupTileRows(problem, config);
 }
 
 // How a problem is cut into tiles, and how many run at the same time.

@@ -103,13 +103,8 @@ void Kernel::Prepare(int device) {
   // Loading is lazy: asking for the context's function uploads the code now, not at first launch.
   CUfunction function = nullptr;
   Check(driver.cuKernelGetFunction(&function, kernel_), "cuKernelGetFunction");
+  num_sms_[device] = DeviceAttribute(driver, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle);
   prepared_.fetch_or(bit, std::memory_order_release);
-}
-
-int Kernel::NumSms(int device) const {
-  CUdevice handle = 0;
-  Check(driver_->cuDeviceGet(&handle, device), "cuDeviceGet");
-  return DeviceAttribute(*driver_, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle);
 }
 
 void Kernel::Launch(CUstream stream, int grid, void** args) const {

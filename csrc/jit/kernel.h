@@ -6,6 +6,7 @@
 
 #include <cuda.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -39,8 +40,8 @@ class Kernel {
   // Throws Error, also when the device is no Hopper GPU.
   void Prepare(int device);
 
-  // How many multiprocessors a prepared device has. No lock. Throws Error.
-  int NumSms(int device) const;
+  // How many multiprocessors a prepared device has.
+  int NumSms(int device) const { return num_sms_[device]; }
 
   // Enqueues `grid` blocks on the stream, whose device must be prepared; `args` points to one
   // pointer per kernel parameter. No allocation, no lock, no environment. Throws Error.
@@ -57,6 +58,8 @@ class Kernel {
   const Driver* driver_ = nullptr;  // Kept, because GetDriver takes a lock.
   CUlibrary library_ = nullptr;
   CUkernel kernel_ = nullptr;
+  std::array<int, kMaxDevices> num_sms_ =
+      {};                                   // Of each device, before its bit of prepared_ is set.
   std::atomic<std::uint64_t> prepared_{0};  // Bit i: device i is prepared.
 };
 

@@ -89,8 +89,8 @@ __device__ __forceinline__ void load_operand(uint32_t smem, const TensorMap& map
 }
 
 // Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks
-// does. Elsewhere the warp's lanes copy 4 bytes at a time, which costs the producer time that it
-// has.
+// does. Elsewhere the warp's lanes copy 4 bytes at a time, which takes the producer longer: nothing
+// is lost where a stage lasts 300 ns, a quarter where it lasts 200.
 __device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params) {
   return params.sfa_pitch % 4 == 0;
 }

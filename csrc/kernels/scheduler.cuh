@@ -99,7 +99,7 @@ class Scheduler {
 //
 // Where one row of tiles covers all rows, all CTAs read the same rows of A. In step, they would ask
 // for the same lines at the same time, and the few L2 slices that hold those would set the pace. So
-// every column of tiles starts elsewhere in k and wraps around: 2 to 3 %. With more rows of tiles,
+// every column of tiles starts elsewhere in k and wraps around: up to 3 %. With more rows of tiles,
 // CTAs in step is what lets them share B and A through L2. With many groups, it is what lets memory
 // stream B: rotation costs 2 % there.
 class KRange {

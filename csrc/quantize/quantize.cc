@@ -22,7 +22,7 @@ constexpr std::array<const char*, 2> kOutputNames = {"e4m3fn", "e5m2"};
 constexpr int64_t kFullGrid = 264;
 
 // CTAs that share tiles, in multiples of those that a GPU holds at once. All of them start, however
-// few rows count: that costs about a microsecond a wave. With two, one that is late holds up less.
+// few rows count, so there are few; with more than one, a CTA that is late holds up less.
 constexpr int64_t kWaves = 2;
 
 template <typename Enum>
