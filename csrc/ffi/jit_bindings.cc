@@ -135,10 +135,11 @@ void BindJit(nb::module_& m) {
         "Runs the FFMA interleaver on a cubin; returns the new cubin and one dict per FFMA run.");
   m.def(
       "digest",
-      [](const nb::bytes& data) {
-        return jit::Sha256Hex(std::string_view(data.c_str(), data.size()));
+      [](const nb::bytes& data, bool portable) {
+        return jit::Sha256Hex(std::string_view(data.c_str(), data.size()), portable);
       },
-      nb::arg("data"), "SHA-256 as hex digits, for tests of what cache keys are made with.");
+      nb::arg("data"), nb::arg("portable") = false,
+      "SHA-256 as hex digits, for tests of what cache keys are made with.");
   m.def("toolchain", &Toolchain,
         "The kernel compiler, loaded if it is not yet: compiler, version, path, cache_dir.");
   m.def(

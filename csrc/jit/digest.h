@@ -12,6 +12,9 @@ namespace dg::jit {
 // A SHA-256 computation over one or more pieces.
 class Sha256 {
  public:
+  // `portable`: without the processor's SHA extensions even where it has them, for tests.
+  explicit Sha256(bool portable = false);
+
   // Appends bytes to the message.
   void Update(std::string_view bytes);
 
@@ -22,8 +25,8 @@ class Sha256 {
   std::string HexDigest();
 
  private:
-  void Compress(const unsigned char* block);
-
+  void (*compress_)(std::array<std::uint32_t, 8>& state, const unsigned char* block,
+                    std::size_t num_blocks);
   std::array<std::uint32_t, 8> state_ = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                                          0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   std::array<unsigned char, 64> block_ = {};
@@ -31,6 +34,6 @@ class Sha256 {
 };
 
 // SHA-256 of one string as hex digits.
-std::string Sha256Hex(std::string_view bytes);
+std::string Sha256Hex(std::string_view bytes, bool portable = false);
 
 }  // namespace dg::jit

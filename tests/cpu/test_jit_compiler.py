@@ -24,10 +24,11 @@ def message(call):
 """
 
 
-def test_digest_is_sha256() -> None:
+@pytest.mark.parametrize("portable", [False, True])
+def test_digest_is_sha256(portable: bool) -> None:
     random = b"".join(hashlib.sha512(bytes([i])).digest() for i in range(256))
     for data in [random[:length] for length in range(200)] + [random, random * 10]:
-        assert _native.digest(data) == hashlib.sha256(data).hexdigest()
+        assert _native.digest(data, portable) == hashlib.sha256(data).hexdigest()
 
 
 def test_resources(tmp_path: Path) -> None:
