@@ -16,6 +16,7 @@
 #include "csrc/ffi/plan.h"
 #include "csrc/ffi/quantize_bindings.h"
 #include "csrc/gemm/config.h"
+#include "csrc/gemm/cost_model.h"
 #include "csrc/gemm/kernel_source.h"
 #include "csrc/gemm/select.h"
 #include "csrc/jit/error.h"
@@ -65,6 +66,29 @@ GemmProblem ToProblem(const ProblemFields& fields) {
           static_cast<int>(fields[10])};
 }
 
+nb::dict ToDict(const CostModel& model) {
+  nb::dict constants;
+  for (const CostConstant& constant : kCostConstants) {
+    constants[constant.name] = model.*constant.value;
+  }
+  return constants;
+}
+
+// The model with some constants replaced.
+CostModel ToCostModel(const nb::dict& constants) {
+  CostModel model;
+  std::size_t known = 0;
+  for (const CostConstant& constant : kCostConstants) {
+    if (!constants.contains(constant.name)) continue;
+    model.*constant.value = nb::cast<double>(constants[constant.name]);
+    ++known;
+  }
+  if (known != constants.size()) {
+    throw Error(ErrorCode::kInvalidArgument, "constants: one of them is none of cost_constants()");
+  }
+  return model;
+}
+
 template <typename Pointer>
 nb::capsule Capsule(Pointer* pointer) {
   return nb::capsule(reinterpret_cast<void*>(pointer));
@@ -103,9 +127,19 @@ void BindGemm(nb::module_& m) {
     }
     return fields;
   });
-  m.def("estimate_us", [](const ProblemFields& problem, const ConfigFields& config) {
-    return EstimateUs(ToProblem(problem), WellFormed(config));
-  });
+  m.def("cost_constants", [] { return ToDict(CostModel()); });
+  m.def(
+      "estimates_us",
+      [](const ProblemFields& problem, const std::vector<ConfigFields>& configs,
+         const nb::dict& constants) {
+        const CostModel model = ToCostModel(constants);
+        std::vector<double> estimates;
+        for (const ConfigFields& config : configs) {
+          estimates.push_back(EstimateUs(ToProblem(problem), WellFormed(config), model));
+        }
+        return estimates;
+      },
+      nb::arg("problem"), nb::arg("configs"), nb::arg("constants") = nb::dict());
   m.def("smem_bytes",
         [](const ConfigFields& config) { return WellFormed(config).smem().total_bytes(); });
   m.def("kernel_name", [](const ProblemFields& problem, const ConfigFields& config) {

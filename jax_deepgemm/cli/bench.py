@@ -6,6 +6,7 @@ import datetime
 import importlib.util
 import itertools
 import json
+import math
 import secrets
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig, device
-from jax_deepgemm.cli import chain, machine, moe, quantizers, tables, torch_baseline
+from jax_deepgemm.cli import chain, machine, moe, quantizers, sweep, tables, torch_baseline
 from jax_deepgemm.cli.compare import (
     KEY_FIELDS,
     comparison_table,
@@ -55,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     configs.add_argument(
         "--sweep",
-        action="store_true",
-        help="time every legal config of every shape and report what selection loses (regret)",
+        nargs="?",
+        const=math.inf,
+        type=sweep.parse_factor,
+        metavar="FACTOR",
+        help="time every legal config of every shape, or those that are estimated to take at most "
+        "FACTOR times the best estimate, and report what selection loses (regret)",
     )
     parser.add_argument(
         "--iterations", type=parse_count, default=20, help="timed calls of each kernel (20)"
@@ -231,7 +236,7 @@ def _report(document: dict[str, Any], peer: dict[str, Any] | None) -> bool:
     show(tables.results_table(document["rows"], f"cuda: {document['gpu']}", "kernel us"))
     show(tables.baselines_table(document["rows"]))
     if any("sweep" in row for row in document["rows"]):
-        show(tables.sweep_table(document["rows"]))
+        show(sweep.sweep_table(document["rows"]))
     for part, entries in moe.parts_of(document).items():
         show(moe.moe_table(part, entries))
     for table in quantizers.tables_of(document):
@@ -266,6 +271,7 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
         "method": f"GPU kernel time from JAX's profiler (CUPTI), median of {args.iterations} "
         f"calls, spread_us its 10th and 90th percentile; before every call {flush.method}; "
         f"operands are quantised normals; {ORACLE}",
+        "selection": device.selection(),
         "gpu_state": state,
         "host_call_us": _host_call_us(),
         "rows": [],
@@ -278,7 +284,7 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
             for field in ("gpu", "date", "method", "peers")
             if field in args.compare
         }
-    for batch in [[shape] for shape in shapes] if args.sweep else batches(shapes):
+    for batch in batches(shapes, sweep.BATCH_SHAPES if args.sweep else len(shapes)):
         for row in _measure(batch, flush, args, seed):
             baselines = row.setdefault("baselines", {})
             if cublas:
@@ -309,12 +315,17 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def batches(shapes: Sequence[Shape]) -> list[list[Shape]]:
-    """Cuts shapes, in order, into lists that fit into `BATCH_BYTES`, if a shape alone does."""
+def batches(shapes: Sequence[Shape], most: int) -> list[list[Shape]]:
+    """Cuts shapes, in order, into lists that fit into `BATCH_BYTES`, if a shape alone does.
+
+    Args:
+        shapes: what is to be measured.
+        most: shapes in one list.
+    """
     result: list[list[Shape]] = []
     room = 0
     for shape in shapes:
-        if shape.nbytes > room:
+        if shape.nbytes > room or len(result[-1]) == most:
             result.append([])
             room = BATCH_BYTES
         result[-1].append(shape)
@@ -330,32 +341,18 @@ def row_shape(row: Row) -> Shape:
 def _measure(
     shapes: Sequence[Shape], flush: Flush, args: argparse.Namespace, seed: int
 ) -> list[Row]:
-    """Measures shapes in one trace, and with --sweep all configs of each in one more."""
+    """Measures shapes in one trace, with --sweep all configs of each."""
     gpu = device.selection()
     candidates = []
     for problem in random_problems(shapes, seed):
         config = jax_deepgemm.select_config(**problem.shape.selection, **gpu)
         candidates.append(Candidate(problem, dataclasses.replace(config, **args.config)))
-    rows = measure(candidates, flush, args.iterations, xla_baseline="xla" in args.baselines)
+    xla = "xla" in args.baselines
     if args.sweep:
-        for candidate, row in zip(candidates, rows, strict=True):
-            _sweep(candidate, row, flush, args.iterations, gpu)
-    return rows
-
-
-def _sweep(selected: Candidate, row: Row, flush: Flush, iterations: int, gpu: device.Gpu) -> None:
-    """Times all legal configs of one problem; adds "sweep", "best_us" and "regret" to the row."""
-    problem = selected.problem
-    configs = jax_deepgemm.legal_configs(**problem.shape.selection, **gpu)
-    swept = measure([Candidate(problem, config) for config in configs], flush, iterations)
-    fields = ("config", "time_us", "error", "failed")
-    row["sweep"] = [{field: each[field] for field in fields if field in each} for each in swept]
-    good = [each["time_us"] for each in swept if is_good(each)]
-    if good and is_good(row):
-        # The selected config is timed twice; compare its time within the sweep's trace.
-        times = [each["time_us"] for each in swept if each["config"] == row["config"]]
-        row["best_us"] = min(good)
-        row["regret"] = round((times or [row["time_us"]])[0] / row["best_us"] - 1, 4)
+        return sweep.measure_swept(
+            candidates, gpu, args.sweep, flush, args.iterations, xla_baseline=xla
+        )
+    return measure(candidates, flush, args.iterations, xla_baseline=xla)
 
 
 def _host_call_us() -> dict[str, float]:

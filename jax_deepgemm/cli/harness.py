@@ -107,13 +107,14 @@ def measure(
                 row["failed"] = str(failure)
             bar.advance(task)
 
-        plain = [
-            (row, problem)
-            for (problem, _), row in zip(candidates, rows, strict=True)
+        # Once a problem, however many candidates it has.
+        plain = {
+            id(problem): problem
+            for problem, _ in candidates
             if xla_baseline and problem.shape.op == DENSE
-        ]
+        }
         task = bar.add_task("XLA's own dot", total=len(plain), visible=bool(plain))
-        for _, problem in plain:
+        for problem in plain.values():
             calls.append(Call(dequantize_dot, problem.lhs, problem.rhs))
             calls[-1]().block_until_ready()
             bar.advance(task)
@@ -125,6 +126,11 @@ def measure(
         row |= time_fields(shape, kernel_us)
         if shape.op != DENSE:
             row["op_us"] = round(statistics.median(op_us), 3)
-    for (row, _), (kernel_us, _) in zip(plain, times[len(timed) :], strict=True):
-        row["baselines"] = {"xla_dequantize_dot_us": round(statistics.median(kernel_us), 3)}
+    xla = {
+        key: round(statistics.median(kernel_us), 3)
+        for key, (kernel_us, _) in zip(plain, times[len(timed) :], strict=True)
+    }
+    for (problem, _), row in zip(candidates, rows, strict=True):
+        if id(problem) in xla:
+            row["baselines"] = {"xla_dequantize_dot_us": xla[id(problem)]}
     return rows

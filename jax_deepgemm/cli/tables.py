@@ -119,28 +119,3 @@ def baselines_table(rows: Sequence[dict[str, Any]]) -> Table:
         last_lines = (value.splitlines()[-1] if value else "" for value in values)
         table.add_row(*shape_cells(row), ours, *last_lines)
     return table
-
-
-def sweep_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Per shape: how many configs ran, and what selection loses to the best of them."""
-    table = Table(title="sweep: selected against best config")
-    shape_headings(table)
-    for heading in ("ran", "failed", "selected us", "best us", "regret", "best"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        timed = [each for each in row["sweep"] if "failed" not in each]
-        shape = shape_cells(row)
-        counts = [str(len(timed)), str(len(row["sweep"]) - len(timed))]
-        if "regret" not in row:
-            table.add_row(*shape, *counts)
-            continue
-        best = next(each["config"] for each in timed if each["time_us"] == row["best_us"])
-        table.add_row(
-            *shape,
-            *counts,
-            f"{row['time_us']:.2f}",
-            f"{row['best_us']:.2f}",
-            f"{row['regret']:.1%}",
-            f"{tile_text(GemmConfig(**best))}, {best['num_stages']} stages",
-        )
-    return table

@@ -21,7 +21,7 @@ from jax.profiler import ProfileData
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.cli import bench, chain, harness, machine, main, moe, tables, timing
+from jax_deepgemm.cli import bench, chain, harness, machine, main, moe, sweep, tables, timing
 from jax_deepgemm.cli.compare import geometric_mean, matching_times, row_time_us, yardstick
 from jax_deepgemm.cli.harness import Candidate, measure
 from jax_deepgemm.cli.markdown import markdown
@@ -99,7 +99,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "hopper_gpu", lambda: jax.devices("cpu")[0])
     monkeypatch.setattr(jax_deepgemm.device, "get_num_sms", lambda: 132)
     monkeypatch.setattr(jax_deepgemm, "select_config", lambda **problem: CONFIGS[0])
-    monkeypatch.setattr(jax_deepgemm, "legal_configs", lambda **problem: CONFIGS)
+    monkeypatch.setattr(sweep, "contenders", lambda *_: CONFIGS)
     monkeypatch.setattr(tables, "console", tables.Console(width=200))
 
 
@@ -317,10 +317,15 @@ class TestCommand:
         arguments = ["bench", "--sweep", "--baselines", "none", "--output", str(output)]
         assert main([*arguments, "--shapes", str(SHAPE), "--iterations", "3"]) == 0
         (row,) = json.loads(output.read_text())["rows"]
-        assert [each["config"]["block_n"] for each in row["sweep"]] == [64, 128, 256]
-        assert row["sweep"][2]["failed"] == "this config raises"
-        assert row["best_us"] == row["sweep"][0]["time_us"], "a wrong config is never the best"
+        texts = list(map(sweep.config_text, CONFIGS))
+        assert list(row["sweep"]) == texts
+        assert row["sweep"][texts[0]] == row["best_us"] == row["time_us"]
+        assert row["best"] == texts[0], "a wrong config is never the best"
+        assert row["sweep"][texts[1]].startswith("error ")
+        assert row["sweep"][texts[2]] == "this config raises"
         assert row["regret"] == 0
+        capsys.readouterr()
+        assert main(["bench", "--results", str(output)]) == 0
         assert "regret" in capsys.readouterr().out
 
     @pytest.mark.usefixtures("cpu_as_gpu")
@@ -380,6 +385,8 @@ class TestCommand:
             (["--config", "block_q=64"], "'block_q=64' is not FIELD=VALUE"),
             (["--config", "block_m"], "'block_m' is not FIELD=VALUE"),
             (["--config", "block_m=64", "--sweep"], "not allowed with"),
+            (["--sweep", "0.9"], "'0.9' is not a factor from 1 up"),
+            (["--sweep", "all"], "'all' is not a factor from 1 up"),
             (["--compare", "/nowhere.json"], "/nowhere.json: [Errno 2]"),
             (["--output", "/nowhere/results.json"], "there is no folder /nowhere"),
             (["--iterations", "0"], "'0' is not a number from 1 to"),
@@ -454,8 +461,9 @@ class TestCommand:
         monkeypatch.setattr(bench, "BATCH_BYTES", 2 * SHAPE.nbytes)
         large = SHAPE._replace(m_per_group=4096)
         shapes = [SHAPE, SHAPE, SHAPE, large, SHAPE]
-        assert bench.batches(shapes) == [[SHAPE, SHAPE], [SHAPE], [large], [SHAPE]]
-        assert bench.batches([]) == []
+        assert bench.batches(shapes, 5) == [[SHAPE, SHAPE], [SHAPE], [large], [SHAPE]]
+        assert bench.batches(shapes, 1) == [[shape] for shape in shapes]
+        assert bench.batches([], 0) == []
 
     def test_config(self) -> None:
         assert bench.parse_config("block_m=64, cluster_n=2") == {"block_m": 64, "cluster_n": 2}

@@ -63,7 +63,7 @@ def check_selection(shape: Shape, num_sms: int) -> None:
     selected = select_config(**shape.selection, num_sms=num_sms)
     assert selected == select_config(**shape.selection, num_sms=num_sms)
     # The first of those with the lowest estimate.
-    estimates = [_native.estimate_us(problem, config.fields) for config in candidates]
+    estimates = _native.estimates_us(problem, [config.fields for config in candidates])
     assert min(estimates) > 0
     assert selected == candidates[estimates.index(min(estimates))]
 

@@ -1,0 +1,94 @@
+"""benchmarks/fit.py: sweeps that a model with other constants wrote are fitted."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from benchmarks import fit
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.cli.shapes import NAMED_SHAPES
+from jax_deepgemm.cli.sweep import config_text
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import _native
+
+SELECTION = {"num_sms": 132, "memory_gbs": 3352}
+# Far enough from the model's own for other choices.
+OTHER = {"min_k_block_cycles": 500.0, "split_k_us": 3.0, "launch_us": 2.5, "hbm_share": 0.7}
+SHAPES = NAMED_SHAPES["decode"][::4]
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    """A results file of a machine that is as the model with `OTHER` constants says."""
+    rows = []
+    for shape in SHAPES:
+        problem = check_problem("test", **shape.selection, **SELECTION)
+        configs = _native.candidates(problem)
+        times = _native.estimates_us(problem, configs, OTHER)
+        texts = [config_text(GemmConfig(*config)) for config in configs]
+        sweep: dict[str, float | str] = dict(zip(texts, times, strict=True))
+        sweep[texts[0]] = "it raised"
+        rows.append(shape._asdict() | {"sweep": sweep})
+    return {"selection": SELECTION, "rows": rows}
+
+
+def test_sweeps_are_read(document: dict[str, Any]) -> None:
+    sweeps = fit.read_sweeps(document)
+    assert [sweep.shape for sweep in sweeps] == list(SHAPES)
+    for sweep, row in zip(sweeps, document["rows"], strict=True):
+        assert len(sweep.configs) == len(row["sweep"]) - 1
+        assert sweep.times_us.tolist() == [*row["sweep"].values()][1:]
+        assert sweep.estimates_us({}).tolist() != sweep.times_us.tolist()
+        assert sweep.estimates_us(OTHER).tolist() == sweep.times_us.tolist()
+        assert sweep.regret(OTHER) == 0
+    assert fit.loss(sweeps, OTHER) == 0
+    empty = document | {"rows": [SHAPES[0]._asdict() | {"sweep": {"": "all raised"}}]}
+    assert fit.read_sweeps(empty) == []
+
+
+def test_fit_finds_better_constants(
+    document: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweeps = fit.read_sweeps(document)
+    before = fit.loss(sweeps, {})
+    found = fit.fit(sweeps, 300, 1)
+    assert fit.loss(sweeps, found) < before / 2
+    assert found == fit.fit(sweeps, 300, 1)
+
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(document))
+    fit.main([str(path), "--steps", "300", "--seed", "1", "--hold-out", "2112x7168"])
+    printed = capsys.readouterr().out
+    assert printed.count("regret over") == 4
+    was = _native.cost_constants()
+    assert printed.count("  double ") == len(was)
+    assert f"// was {was['launch_us']:g}" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hold-out", "2112"], "'2112' is not NxK"),
+        (["--hold-out", *{f"{shape.n}x{shape.k}" for shape in SHAPES}], "no sweep is left"),
+    ],
+)
+def test_arguments(
+    document: dict[str, Any],
+    arguments: list[str],
+    message: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(SystemExit):
+        fit.main([str(path), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_constants_are_refused() -> None:
+    problem = check_problem("test", **SHAPES[0].selection, **SELECTION)
+    with pytest.raises(_native.Error, match="is none of cost_constants"):
+        _native.estimates_us(problem, _native.candidates(problem), {"clock": 1.0})
