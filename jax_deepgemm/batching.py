@@ -1,12 +1,16 @@
-"""What the rules for `jax.vmap` share. A batch always becomes one launch, or is refused."""
+"""What the rules for `jax.vmap` share. A batch always becomes one launch, or is refused.
 
+It stays a dimension of its own until a device computes its part: folded into others before XLA
+splits the program, it would take shardings with it that XLA can then only undo by gathering.
+"""
+
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-Batched = tuple[jax.Array, int]
-"""What a rule returns: the result and its batch axis."""
+from jax_deepgemm.ffi.primitive import Batches
 
 NAMES = ("a", "sfa", "b", "sfb")
 """The first operands of every operation."""
@@ -20,9 +24,20 @@ def to_front(operands: Sequence[jax.Array], axes: Sequence[int | None]) -> list[
     ]
 
 
-def merge(x: jax.Array) -> jax.Array:
-    """Returns x with its first two axes made one: a batch, one below the other."""
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+def fold(x: jax.Array, batches: int, into: int) -> jax.Array:
+    """Makes the first dimensions, batches and one more, one: matrices one below the other.
+
+    Args:
+        x: [*batches, ...].
+        batches: how many they are.
+        into: size of the dimension behind them.
+    """
+    return x.reshape(math.prod(x.shape[:batches]) * into, *x.shape[batches + 1 :])
+
+
+def positions(batches: Batches, *whose: str) -> list[int]:
+    """Where among all batches those are that are exactly one of `whose`."""
+    return [index for index, of in enumerate(batches) if of in whose]
 
 
 def refusal(

@@ -16,7 +16,7 @@ from jax_deepgemm.arguments import H100_SMS
 from jax_deepgemm.config import FP8_TYPES, OPS, GemmConfig, Problem, check_config, check_problem
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import declare
+from jax_deepgemm.ffi.primitive import Batching, Operation, declare
 from jax_deepgemm.operands import Sizes
 from jax_deepgemm.partitioning import Partitioning
 
@@ -26,12 +26,12 @@ def declare_gemm(
     *,
     op: str,
     reference: Callable[..., jax.Array],
-    batching_rule: Callable[..., tuple[jax.Array, int]],
+    batching: Batching,
     partitioning: Partitioning,
     num_arrays: int = 0,
     assign: Callable[..., Sequence[jax.Array]] = lambda num_groups, *arrays: arrays,
-) -> Callable[..., jax.Array]:
-    """Returns the function that binds an operation's primitive; see `ffi.primitive.declare`.
+) -> Operation:
+    """Declares an operation's primitive; see `ffi.primitive.declare`.
 
     Its operands are a [..., k], sfa, b [..., n, k] and sfb, then any that assign rows to groups;
     its parameters are those of `options`, and fill_zero where the operation has it.
@@ -40,14 +40,11 @@ def declare_gemm(
         name: the public operation.
         op: which of `config.OPS` it is.
         reference: (*operands) -> bfloat16[..., n] in jax.numpy.
-        batching_rule: as for `declare`.
+        batching: the rules for `jax.vmap`.
         partitioning: how the operation is split over devices.
         num_arrays: arrays that the target takes beside the matrices.
         assign: (number of groups, *operands behind the matrices) -> these arrays.
     """
-
-    def result(a: Any, sfa: Any, b: Any, *_: Any) -> tuple[tuple[int, ...], Any]:
-        return (*a.shape[:-1], b.shape[-2]), jnp.bfloat16
 
     def attributes(
         a: Any,
@@ -94,15 +91,14 @@ def declare_gemm(
     return declare(
         name,
         target=_native.GEMM_TARGET,
-        result=result,
+        dtype=jnp.bfloat16,
         attributes=attributes,
         reference=reference,
         # SFA is read m-contiguous.
         operand_layouts=(None, (1, 0), None, None, *(None,) * num_arrays),
         prepare=prepare,
-        batching_rule=batching_rule,
-        partition=partitioning.automatic,
-        explicit=partitioning.explicit,
+        batching=batching,
+        partitioning=partitioning,
     )
 
 

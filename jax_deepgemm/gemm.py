@@ -1,5 +1,6 @@
 """The dense operation: checks, primitive, documentation."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepgemm import reference
-from jax_deepgemm.batching import NAMES, Batched, merge, refusal, to_front
+from jax_deepgemm.batching import NAMES, positions, refusal, to_front
 from jax_deepgemm.config import GemmConfig
-from jax_deepgemm.custom_call import declare_gemm, options
-from jax_deepgemm.grouped import bind_masked
+from jax_deepgemm.custom_call import check_options, declare_gemm, options
+from jax_deepgemm.ffi.primitive import Batches, Batching
+from jax_deepgemm.grouped import masked
 from jax_deepgemm.operands import Operand, check_pairs, check_static
 from jax_deepgemm.partitioning import Dimensions, Partitioning
 from jax_deepgemm.reference import BLOCK
@@ -18,50 +20,82 @@ from jax_deepgemm.reference import BLOCK
 _NAME = "gemm_fp8_fp8_bf16_nt"
 
 
-def _batch(
-    bind: Callable[..., jax.Array],
-    operands: Sequence[jax.Array],
-    axes: Sequence[int | None],
-    parameters: dict[str, Any],
-) -> Batched:
-    """A batch of A is more rows, one of B more columns, and one of both a group for each."""
+def _admit(
+    operands: Sequence[jax.Array], axes: Sequence[int | None]
+) -> tuple[Sequence[jax.Array], str]:
     a_axis, sfa_axis, b_axis, sfb_axis = axes
     if (a_axis is None) != (sfa_axis is None) or (b_axis is None) != (sfb_axis is None):
         raise refusal(_NAME, "values and their scales together", NAMES, axes)
     a, sfa, b, sfb = to_front(operands, axes)
-    m, n, k = a.shape[-2], b.shape[-2], a.shape[-1]
-    if b_axis is None:
-        check_static(_NAME, m=a.shape[0] * m)
-        d = bind(merge(a), merge(sfa), b, sfb, **parameters)
-        return d.reshape(a.shape[0], m, n), 0
-    batch = b.shape[0]
-    check_static(_NAME, batch=batch)
-    if a_axis is None and n % BLOCK == 0:  # the scales of one B end where those of the next begin
-        d = bind(a, sfa, merge(b), merge(sfb), **parameters)
-        return d.reshape(m, batch, n), 1
-    if batch == 0:
-        return jnp.zeros((batch, m, n), jnp.bfloat16), 0
-    if a_axis is None:
-        a, sfa = (jnp.broadcast_to(x, (batch, *x.shape)) for x in (a, sfa))
-    sizes = {"num_groups": batch, "max_m": m, "n": n, "k": k}
-    # The same SMs as when the operation was called, not as many as are allowed by now.
-    grouped = options(
-        _NAME,
-        "masked",
-        sizes,
-        parameters["config"],
-        expected_m=max(1, m),
-        batch_invariant=parameters["batch_invariant"],
-    ) | {"num_sms": parameters["num_sms"]}
-    counts = jnp.full((batch,), m, jnp.int32)
-    return bind_masked(a, sfa, b, sfb, counts, fill_zero=False, **grouped), 0
+    whose = ("a" if a_axis is not None else "") + ("b" if b_axis is not None else "")
+    check_static(_NAME, batch=(b if a_axis is None else a).shape[0])
+    return (a, sfa, b, sfb), whose
+
+
+def _fold(
+    bind: Callable[..., jax.Array],
+    batches: Batches,
+    operands: Sequence[jax.Array],
+    parameters: dict[str, Any],
+) -> jax.Array:
+    """A batch of A is more rows, one of B more columns, and one of both a group for each."""
+    a, _, b, _ = operands
+    (m, k), n = a.shape[-2:], b.shape[-2]
+    of_a, of_b = iter(a.shape[:-2]), iter(b.shape[:-2])
+    sizes = []
+    for whose in batches:
+        size = next(of_a) if "a" in whose else next(of_b)
+        sizes.append(size if whose != "ab" else next(of_b))
+    if 0 in sizes:
+        return jnp.zeros_like(a, shape=(*sizes, m, n), dtype=jnp.bfloat16)
+
+    groups, rows, columns = (positions(batches, whose) for whose in ("ab", "a", "b"))
+    if n % BLOCK:  # the scales of one B do not end where those of the next begin
+        groups, columns = sorted([*groups, *columns]), []
+    group_sizes = [sizes[i] for i in groups]
+
+    def stack(x: jax.Array, whose: str, merged: list[int]) -> jax.Array:
+        """Of x [its batches, p, q] makes [all groups, merged batches and p, q]."""
+        held = [i for i, of in enumerate(batches) if whose in of]
+        order = [held.index(i) for i in (*groups, *merged) if i in held]
+        x = x.transpose(*order, x.ndim - 2, x.ndim - 1)
+        # A, where the groups are matrices B alone.
+        x = jnp.expand_dims(x, [place for place, i in enumerate(groups) if i not in held])
+        x = jnp.broadcast_to(x, (*group_sizes, *x.shape[len(groups) :]))
+        leading = [math.prod(group_sizes)] if groups else []
+        return x.reshape(*leading, math.prod(x.shape[len(groups) : -1]), x.shape[-1])
+
+    stacked = [
+        *(stack(x, "a", rows) for x in operands[:2]),
+        *(stack(x, "b", columns) for x in operands[2:]),
+    ]
+    m_all, n_all = stacked[0].shape[-2], stacked[2].shape[-2]
+    if groups:
+        num_groups = math.prod(group_sizes)
+        # The same SMs as when the operation was called, not as many as are allowed by now.
+        grouped = options(
+            _NAME,
+            "masked",
+            {"num_groups": num_groups, "max_m": m_all, "n": n_all, "k": k},
+            parameters["config"],
+            expected_m=max(1, m_all),
+            batch_invariant=parameters["batch_invariant"],
+        ) | {"num_sms": parameters["num_sms"]}
+        counts = jnp.full((num_groups,), m_all, jnp.int32)
+        d = masked.here(*stacked, counts, fill_zero=False, **grouped)
+    else:
+        check_options(_NAME, "dense", {"m": m_all, "n": n_all, "k": k}, parameters)
+        d = bind(*stacked, **parameters)
+    d = d.reshape(*(sizes[i] for i in (*groups, *rows)), m, *(sizes[i] for i in columns), n)
+    order = [*groups, *rows, "m", *columns, "n"]
+    return d.transpose(*(order.index(name) for name in (*range(len(batches)), "m", "n")))
 
 
 _gemm = declare_gemm(
     _NAME,
     op="dense",
     reference=reference.gemm_fp8_fp8_bf16_nt,
-    batching_rule=_batch,
+    batching=Batching(_admit, _fold),
     partitioning=Partitioning(_NAME, Dimensions(("mk", "mj", "nk", "ij"), "mn")),
 )
 

@@ -20,11 +20,12 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm import reference
 from jax_deepgemm.arguments import integer, is_array
-from jax_deepgemm.batching import NAMES, Batched, merge, refusal, to_front
+from jax_deepgemm.batching import NAMES, fold, positions, refusal, to_front
 from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import check_options, declare_gemm, options
+from jax_deepgemm.ffi.primitive import Batches, Batching
 from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
-from jax_deepgemm.operands import Operand, check_integers, check_pairs, describe
+from jax_deepgemm.operands import Operand, check_integers, check_pairs, check_static, describe
 from jax_deepgemm.partitioning import Dimensions, Partitioning, Shard
 
 _CONTIGUOUS = "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous"
@@ -37,66 +38,84 @@ Local = tuple[Sequence[jax.Array], dict[str, Any]]
 """Arrays that assign rows to groups, and parameters, as one device of several gets them."""
 
 
-def _batch_contiguous(
-    bind: Callable[..., jax.Array],
-    operands: Sequence[jax.Array],
-    axes: Sequence[int | None],
-    parameters: dict[str, Any],
-) -> Batched:
-    """A batch is more rows, and with a batch of B more groups."""
+def _admit_contiguous(
+    operands: Sequence[jax.Array], axes: Sequence[int | None]
+) -> tuple[Sequence[jax.Array], str]:
     a_axis, sfa_axis, b_axis, sfb_axis, _ = axes
     names = (*NAMES, "m_indices")
     if a_axis is None or sfa_axis is None or (b_axis is None) != (sfb_axis is None):
         wanted = "a batch of a and sfa, and of b and sfb both or neither"
         raise refusal(_CONTIGUOUS, wanted, names, axes)
     a, sfa, b, sfb, indices = to_front(operands, axes)
-    batch, m, _k = a.shape
+    m = a.shape[-2]
     if m % get_m_alignment_for_contiguous_layout():
         wanted = "a batch of layouts whose m is a multiple of 128, so that the next one is aligned"
         raise refusal(_CONTIGUOUS, f"{wanted} (m is {m})", names, axes)
-    indices = jnp.broadcast_to(indices, (batch, m))
-    if b_axis is not None:
-        num_groups = b.shape[1]
-        b, sfb = merge(b), merge(sfb)
-        first = num_groups * jnp.arange(batch, dtype=jnp.int32)[:, None]
-        grouped = (indices >= 0) & (indices < num_groups)
-        indices = jnp.where(grouped, first + indices, -1)
-    if batch == 0:
-        return jnp.zeros((batch, m, b.shape[-2]), jnp.bfloat16), 0
-    sizes = {"num_groups": b.shape[0], "m": batch * m, "n": b.shape[1], "k": a.shape[-1]}
-    check_options(_CONTIGUOUS, "contiguous", sizes, parameters)
-    d = bind(merge(a), merge(sfa), b, sfb, merge(indices), **parameters)
-    return d.reshape(batch, m, -1), 0
+    check_static(_CONTIGUOUS, batch=a.shape[0])
+    indices = jnp.broadcast_to(indices, a.shape[:-1])
+    return (a, sfa, b, sfb, indices), "a" if b_axis is None else "ab"
 
 
-def _batch_masked(
+def _fold_contiguous(
     bind: Callable[..., jax.Array],
+    batches: Batches,
     operands: Sequence[jax.Array],
-    axes: Sequence[int | None],
     parameters: dict[str, Any],
-) -> Batched:
-    """A batch of everything is more groups."""
+) -> jax.Array:
+    """A batch is more rows, and with a batch of B more groups."""
+    a, sfa, b, sfb, indices = operands
+    *sizes, m, k = a.shape
+    num_groups, n = b.shape[-3:-1]
+    if 0 in sizes:
+        return jnp.zeros_like(a, shape=(*sizes, m, n), dtype=jnp.bfloat16)
+    if own := positions(batches, "ab"):  # matrices of each entry of the batch
+        first = jnp.zeros((1,) * indices.ndim, jnp.int32)
+        for i in own:
+            along = [size if axis == i else 1 for axis, size in enumerate((*sizes, 1))]
+            first = sizes[i] * first + jnp.arange(sizes[i], dtype=jnp.int32).reshape(along)
+        held = (indices >= 0) & (indices < num_groups)
+        indices = jnp.where(held, num_groups * first + indices, -1)
+    rows = [fold(x, len(sizes), m) for x in (a, sfa, indices)]
+    matrices = [fold(x, b.ndim - 3, num_groups) for x in (b, sfb)]
+    total = {"num_groups": matrices[0].shape[0], "m": rows[0].shape[0], "n": n, "k": k}
+    check_options(_CONTIGUOUS, "contiguous", total, parameters)
+    d = bind(*rows[:2], *matrices, rows[2], **parameters)
+    return d.reshape(*sizes, m, n)
+
+
+def _admit_masked(
+    operands: Sequence[jax.Array], axes: Sequence[int | None]
+) -> tuple[Sequence[jax.Array], str]:
     if None in axes[:4]:
         raise refusal(_MASKED, "a batch of a, sfa, b and sfb together", (*NAMES, "masked_m"), axes)
     *matrices, counts = to_front(operands, axes)
-    a, _, b, _ = matrices
-    batch, num_groups, max_m, k = a.shape
-    n = b.shape[-2]
-    if batch == 0:
-        return jnp.zeros((batch, num_groups, max_m, n), jnp.bfloat16), 0
-    sizes = {"num_groups": batch * num_groups, "max_m": max_m, "n": n, "k": k}
-    check_options(_MASKED, "masked", sizes, parameters)
-    counts = jnp.broadcast_to(counts, (batch, num_groups))
-    d = bind(*map(merge, matrices), merge(counts), **parameters)
-    return d.reshape(batch, num_groups, max_m, n), 0
+    a = matrices[0]
+    check_static(_MASKED, batch=a.shape[0])
+    return (*matrices, jnp.broadcast_to(counts, a.shape[:-2])), "ab"
 
 
-def _batch_ragged(
+def _fold_masked(
     bind: Callable[..., jax.Array],
+    batches: Batches,
     operands: Sequence[jax.Array],
-    axes: Sequence[int | None],
     parameters: dict[str, Any],
-) -> Batched:
+) -> jax.Array:
+    """A batch of everything is more groups."""
+    a, _, b, _, _ = operands
+    *sizes, num_groups, max_m, k = a.shape
+    n = b.shape[-2]
+    if 0 in sizes:
+        return jnp.zeros_like(a, shape=(*sizes, num_groups, max_m, n), dtype=jnp.bfloat16)
+    folded = [fold(x, len(sizes), num_groups) for x in operands]
+    total = {"num_groups": folded[0].shape[0], "max_m": max_m, "n": n, "k": k}
+    check_options(_MASKED, "masked", total, parameters)
+    d = bind(*folded, **parameters)
+    return d.reshape(*sizes, num_groups, max_m, n)
+
+
+def _admit_ragged(
+    operands: Sequence[jax.Array], axes: Sequence[int | None]
+) -> tuple[Sequence[jax.Array], str]:
     raise refusal(
         _RAGGED,
         "no batch, because rows of no group may stand between one and the next: make the batch "
@@ -163,7 +182,7 @@ _contiguous = declare_gemm(
     _CONTIGUOUS,
     op="contiguous",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous,
-    batching_rule=_batch_contiguous,
+    batching=Batching(_admit_contiguous, _fold_contiguous),
     partitioning=Partitioning(
         _CONTIGUOUS,
         Dimensions(("mk", "mj", "gnk", "gij", "m"), "mn"),
@@ -174,11 +193,11 @@ _contiguous = declare_gemm(
     assign=_block_groups,
 )
 
-bind_masked = declare_gemm(
+masked = declare_gemm(
     _MASKED,
     op="masked",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_masked,
-    batching_rule=_batch_masked,
+    batching=Batching(_admit_masked, _fold_masked),
     partitioning=Partitioning(
         _MASKED, Dimensions(("gmk", "gmj", "gnk", "gij", "g"), "gmn"), _local_counts
     ),
@@ -189,7 +208,7 @@ _ragged = declare_gemm(
     _RAGGED,
     op="ragged",
     reference=reference.m_grouped_gemm_fp8_fp8_bf16_nt_ragged,
-    batching_rule=_batch_ragged,
+    batching=Batching(_admit_ragged),
     partitioning=Partitioning(
         _RAGGED, Dimensions(("mk", "mj", "gnk", "gij", "s", "o"), "mn"), _local_sizes
     ),
@@ -298,7 +317,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     )
     # What JAX looks for must not be found in rows that nobody reads.
     checked = any(getattr(jax.config, f"jax_debug_{kind}", False) for kind in ("nans", "infs"))
-    return bind_masked(*operands, counts, fill_zero=fill == "zero" or checked, **parameters)
+    return masked(*operands, counts, fill_zero=fill == "zero" or checked, **parameters)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(

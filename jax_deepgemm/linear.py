@@ -1,6 +1,5 @@
 """A linear layer for inference: bfloat16 in, FP8 in between, bfloat16 out."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -39,9 +38,10 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
     x = jnp.asarray(x)
     if x.ndim < 1:
         raise ValueError(f"linear: x must be [..., k], got {describe(x)}")
-    *batch, k = x.shape
-    # One matrix: tokens do not know of each other.
-    d = gemm_fp8_fp8_bf16_nt(quantize_per_token(x.reshape(math.prod(batch), k)), weight)
+    multiply = gemm_fp8_fp8_bf16_nt
+    for _ in range(x.ndim - 2):  # more rows of one product, which may be split over devices
+        multiply = jax.vmap(multiply, in_axes=(0, None))
+    d = multiply(quantize_per_token(jnp.atleast_2d(x)), weight)
     n = d.shape[-1]
     if bias is not None:
         if not is_array(bias):
@@ -52,7 +52,7 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
         if bias.shape != (n,):
             raise ValueError(f"linear: bias must be [{n}] (n), got {describe(bias)}")
         d = (d.astype(jnp.float32) + bias.astype(jnp.float32)).astype(jnp.bfloat16)
-    return d.reshape(*batch, n)
+    return d.reshape(n) if x.ndim == 1 else d
 
 
 class Linear(NamedTuple):

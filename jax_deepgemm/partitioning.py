@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 
 from jax_deepgemm._version import __version__
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import free_axis, no_mesh
+from jax_deepgemm.ffi.primitive import Batches, free_axis, no_mesh
 from jax_deepgemm.reference import BLOCK
 
 Axes = tuple[str, ...]
@@ -52,11 +53,29 @@ second dimension of the result.
 class Dimensions(NamedTuple):
     """The dimensions of an operation's arrays, a letter each.
 
-    g, m, n and k can be split; i and j are n and k in blocks of 128. Others stay whole.
+    g, m, n and k can be split, and so can batches, which are capitals; i and j are n and k in
+    blocks of 128. Others stay whole.
     """
 
     operands: tuple[str, ...]  # a, sfa, b, sfb, and the arrays that assign rows to groups
     result: str
+
+    @property
+    def batches(self) -> str:
+        """The dimensions of batches."""
+        return "".join(filter(str.isupper, self.result))
+
+    def with_batches(self, batches: Batches) -> "Dimensions":
+        """The same behind batches; the arrays that assign rows to groups have A's."""
+        assert len(batches) <= len(ascii_uppercase), "more nested batches than letters"
+        letters = ascii_uppercase[: len(batches)]
+        a, b = (
+            "".join(letter for letter, of in zip(letters, batches, strict=True) if whose in of)
+            for whose in "ab"
+        )
+        of_operand = (a, a, b, b, *(a for _ in self.operands[4:]))
+        operands = tuple(map("".join, zip(of_operand, self.operands, strict=True)))
+        return Dimensions(operands, letters + self.result)
 
     @property
     def sums_groups(self) -> bool:
@@ -118,7 +137,8 @@ def automatic_plan(
     An axis splits one dimension. Where two want it, the groups of the weights come first; then rows
     that are split in A and in the result alike, as for data parallelism; then k and n of the
     weights; and then what is left of the result and of A. So weights are gathered just where rows
-    claim their axis on the way in and on the way out.
+    claim their axis on the way in and on the way out. A batch of A is more rows, one of B more
+    columns, and one of both more groups.
 
     Args:
         dimensions: of the operation.
@@ -133,10 +153,13 @@ def automatic_plan(
     def axes_of(names: str, spec: PartitionSpec, name: str) -> Axes:
         return spec_axes(spec, names.index(name)) if name in names else ()
 
-    of_a = {name: axes_of(a, operand_specs[0], name) for name in "gmk"}
-    of_b = {name: axes_of(b, operand_specs[2], name) for name in "gnk"}
-    of_d = {name: axes_of(dimensions.result, result_spec, name) for name in "gmn"}
-    plan: dict[str, Axes] = {name: () for name in "gmnk" if name in a or name in b}
+    batches = dimensions.batches
+    shared = [name for name in batches if name in a and name in b]
+    columns = [name for name in batches if name not in a]
+    of_a = {name: axes_of(a, operand_specs[0], name) for name in f"{batches}gmk"}
+    of_b = {name: axes_of(b, operand_specs[2], name) for name in f"{batches}gnk"}
+    of_d = {name: axes_of(dimensions.result, result_spec, name) for name in f"{batches}gmn"}
+    plan: dict[str, Axes] = {name: () for name in f"{batches}gmnk" if name in a or name in b}
     used: set[str] = set()
 
     def claim(name: str, axes: Axes) -> None:
@@ -155,18 +178,19 @@ def automatic_plan(
             plan[name] = tuple(taken)
             used.update(taken)
 
-    claim("g", of_b["g"])
-    for name in "gm":
+    for name in (*shared, "g"):
+        claim(name, of_b[name])
+    for name in (*batches, "g", "m"):
         claim(name, of_a[name] if of_a[name] == of_d[name] else ())
-    claim("k", of_b["k"])
-    claim("n", of_b["n"])
-    for name in "gmn":
+    for name in ("k", *columns, "n"):
+        claim(name, of_b[name])
+    for name in (*batches, "g", "m", "n"):
         claim(name, of_d[name])
-    for name in "gmk":
+    for name in (*batches, "g", "m", "k"):
         claim(name, of_a[name])
     # Where the result is wanted split as a sum is, each device adds up what it keeps.
     for summed in ("g", "k") if dimensions.sums_groups else ("k",):
-        for name in "gmn":
+        for name in (*batches, "g", "m", "n"):
             axes = plan[summed]
             wanted = axes and of_d[name] == axes and not plan.get(name)
             divides = sizes.get(name, 0) % math.prod(mesh_shape[axis] for axis in axes) == 0
@@ -196,7 +220,7 @@ def explicit_plan(
             axes = spec_axes(operand_specs[index], position)
             if name in plan and plan[name] != axes:
                 raise ValueError(
-                    f"{function}: dimension {_LONG[name]} must be sharded alike in a and b, got "
+                    f"{function}: dimension {_long(name)} must be sharded alike in a and b, got "
                     f"{plan[name]} and {axes}: jax.sharding.reshard one of them"
                 )
             plan[name] = axes
@@ -204,7 +228,7 @@ def explicit_plan(
                 if owner.setdefault(axis, name) != name:
                     raise ValueError(
                         f"{function}: a mesh axis must shard one dimension, got {axis!r} for "
-                        f"{_LONG[owner[axis]]} and for {_LONG[name]} of {argument}: "
+                        f"{_long(owner[axis])} and for {_long(name)} of {argument}: "
                         "jax.sharding.reshard one operand"
                     )
     parts = math.prod(mesh_shape[axis] for axis in plan["m"])
@@ -216,7 +240,11 @@ def explicit_plan(
     return plan
 
 
-_LONG = {"g": "num_groups", "m": "m", "n": "n", "k": "k"}
+def _long(name: str) -> str:
+    """What messages call a dimension."""
+    if name.isupper():
+        return "of jax.vmap"
+    return "num_groups" if name == "g" else name
 
 
 def operand_specs(
@@ -267,7 +295,8 @@ def compute(
         parameters: of the operation as a whole.
     """
     a, sfa, b, sfb, *arrays = operands
-    local = {name: sizes[name] // _parts(plan, name, mesh_shape) for name in "gmnk" if name in plan}
+    single = [name for name in plan if len(name) == 1]  # no sum over one that splits another
+    local = {name: sizes[name] // _parts(plan, name, mesh_shape) for name in single}
     shard = Shard(
         {name: lax.axis_index(plan[name]) * size for name, size in local.items() if plan[name]},
         local,
@@ -358,6 +387,15 @@ class Partitioning(NamedTuple):
     localize: Localize = localize_nothing
     m_unit: int = 1
 
+    def with_batches(self, batches: Batches) -> "Partitioning":
+        """The same for operands and a result that begin with batches."""
+        return self._replace(dimensions=self.dimensions.with_batches(batches))
+
+    def result_shape(self, operands: Sequence[Any]) -> tuple[int, ...]:
+        """Shape of the result of these operands."""
+        sizes = dimension_sizes(self.dimensions, [operand.shape for operand in operands])
+        return tuple(sizes[name] for name in self.dimensions.result)
+
     def automatic(
         self,
         bind: Callable[..., jax.Array],
@@ -440,7 +478,10 @@ class Partitioning(NamedTuple):
         # persistent cache may take that for equal, and may be told to ignore it: this constant
         # makes calls that differ differ there, too, and those of different releases. No device's
         # program has it.
-        what = f"{__version__} {_native.GEMM_TARGET} {self.function} {sorted(parameters.items())}"
+        what = (
+            f"{__version__} {_native.GEMM_TARGET} {self.function} {self.dimensions} "
+            f"{sorted(parameters.items())}"
+        )
         tag = np.frombuffer(what.encode(), np.uint8)
         return lambda *operands: call(*operands, tag)
 

@@ -23,7 +23,7 @@
 //                               if alone)   arrive empty; promote               TMA store
 //
 //   barrier            arrivals                       signals
-//   full[stage]        2 (33: m % 4 != 0) and bytes   producer/TMA -> math: stage holds data
+//   full[stage]        2 (33: see load_tile), bytes   producer/TMA -> math: stage holds data
 //   empty[stage]       math warps x sharing CTAs      math -> producer(s): stage may be rewritten
 //   exchange[warp]     1, and bytes in the CTA that   split-k, between namesakes in a cluster: sums
 //                      stores the warp's rows         have come; or in the others, were read

@@ -187,8 +187,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
 
 // NOTE: the default semantics (release at CTA scope) cost one instruction; asking for cluster scope
 // adds a MEMBAR.ALL.GPU that made a streaming kernel 2 to 5 times slower. An arrival that frees a
-// ring slot for a peer therefore relies on the reads of the slot having been issued before it, in
-// order: wgmma's have completed, and ld.shared's are ahead by the round trip of the peer's load.
+// ring slot for a peer does without: the peer writes A and B, which completed wgmma have read.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t remote_barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote_barrier) : "memory");
 }

@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -23,31 +24,72 @@ from jax.sharding import (
 
 Shape = tuple[int, ...]
 
+Batches = tuple[str, ...]
+"""For each dimension that `jax.vmap` added, the outermost first, whose it is.
+
+That is "a" for A's, "b" for B's, "ab" for one of both. The operands begin with those that are
+theirs, in this order, and the result with all.
+"""
+
+
+class Batching(NamedTuple):
+    """An operation's rules for `jax.vmap`. A batch stays a dimension until a device computes it."""
+
+    admit: Callable[[Sequence[jax.Array], Sequence[int | None]], tuple[Sequence[jax.Array], str]]
+    """(operands, batch axes) -> operands with the batch in front, and whose it is; or refuses."""
+
+    fold: Callable[..., jax.Array] | None = None
+    """(bind, batches, operands, parameters) -> result, by one launch of an operation on a device.
+
+    `bind` is the operation's own. None if no batch is admitted.
+    """
+
+
+class Partitioning(Protocol):
+    """How an operation is split over devices; see `jax_deepgemm.partitioning.Partitioning`."""
+
+    def with_batches(self, batches: Batches) -> "Partitioning":
+        """The same for operands and a result that begin with batches."""
+
+    def result_shape(self, operands: Sequence[Any]) -> Shape:
+        """Shape of the result of these operands."""
+
+    def automatic(
+        self,
+        bind: Callable[..., jax.Array],
+        shapes: Sequence[Any],
+        parameters: dict[str, Any],
+        manual: AbstractMesh | None,
+    ) -> Callable[..., jax.Array]:
+        """The operation on operands that XLA may split."""
+
+    def explicit(
+        self,
+        bind: Callable[..., jax.Array],
+        operands: Sequence[jax.Array],
+        parameters: dict[str, Any],
+    ) -> jax.Array | None:
+        """The operation on a mesh with explicit axes, None if the operands' types have none."""
+
 
 def declare(
     name: str,
     *,
     target: str,
-    result: Callable[..., tuple[Shape, Any]],
+    dtype: Any,
     attributes: Callable[..., Mapping[str, int]],
     reference: Callable[..., jax.Array],
     operand_layouts: Sequence[tuple[int, ...] | None],
-    prepare: Callable[..., Sequence[jax.Array]] = lambda *operands: operands,
-    batching_rule: Callable[..., tuple[jax.Array, int]] | None = None,
-    partition: Callable[..., Callable[..., jax.Array]] | None = None,
-    explicit: Callable[..., jax.Array | None] | None = None,
-) -> Callable[..., jax.Array]:
-    """Returns the function that binds a new primitive; operands are positional, parameters not.
-
-    Where XLA may partition the program, that is outside of `jax.shard_map` or over an axis that it
-    leaves out, the primitive carries the jaxpr of a call that XLA asks how to split. It has a rule
-    for `jax.vmap`, which such a call has not; and JAX, which looks for the call in jaxprs, finds it
-    there. Each device then binds a primitive without one.
+    prepare: Callable[..., Sequence[jax.Array]],
+    batching: Batching,
+    partitioning: Partitioning,
+) -> "Operation":
+    """Declares a primitive: operands are positional, parameters not.
 
     Args:
         name: the primitive's name, as jaxprs show it.
         target: the CUDA custom-call target.
-        result: (*operand avals) -> shape and dtype of the result.
+        dtype: of the result.
         attributes: (*operand avals, **parameters) -> the target's integers, as one struct
             "problem".
         reference: (*operands) -> result in jax.numpy; the CPU lowering.
@@ -55,39 +97,18 @@ def declare(
         prepare: (*operands) -> what the target takes in their place, in jax.numpy. The target's
             result is a matrix, too: the rows of the result, whatever the dimensions before its
             last.
-        batching_rule: (bind, operands, batch axes, parameters) -> batched result and its axis.
-        partition: (bind on one device, operand shapes, parameters, mesh) -> the operation on
-            operands that XLA may split; without it XLA computes everything on every device. The
-            mesh is that of a `jax.shard_map` with a `free_axis`, else None.
-        explicit: (bind on each device, operands, parameters) -> the result on a mesh with explicit
-            axes, None if the operands' types have no such axes.
+        batching: the rules for `jax.vmap`.
+        partitioning: how the operation is split over devices.
     """
+    dtype = np.dtype(dtype)
     primitive = Primitive(f"{name}_local")  # what one device computes
-    partitioned = Primitive(name)  # with the parameter `call`
-
-    def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
-        shape, dtype = result(*operands)
-        mesh = get_abstract_mesh()
-        if mesh.empty:
-            return ShapedArray(shape, np.dtype(dtype))
-        # The result varies over every manual mesh axis that an operand varies over. A type that
-        # said less would make gradients wrong in silence.
-        return ShapedArray(
-            shape,
-            np.dtype(dtype),
-            sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
-            manual_axis_type=ManualAxisType(varying=_varying(operands)),
-        )
-
-    for each in (primitive, partitioned):
-        each.def_impl(functools.partial(xla.apply_primitive, each))
-        each.def_abstract_eval(abstract_eval)
+    _give_type(primitive, partitioning, dtype)
 
     def cpu(*operands: jax.Array, **_: Any) -> jax.Array:
         return reference(*operands)
 
     def cuda(*operands: jax.Array, **parameters: Any) -> jax.Array:
-        shape, dtype = result(*operands)
+        shape = partitioning.result_shape(operands)
         problem = {
             # int64 whatever the caller's type: the target decodes exactly that.
             key: np.int64(value)
@@ -100,85 +121,88 @@ def declare(
 
     mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
     mlir.register_lowering(primitive, mlir.lower_fun(cuda, multiple_results=False), platform="cuda")
+    operation = Operation(name, primitive, dtype, batching, partitioning)
+    operation.differentiate_never(primitive)
+    operation.batch(primitive, ())
+    return operation
 
-    def differentiate(*_: Any, **__: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"{name}: there is no derivative; give the function that quantises its operands and "
-            "calls it a gradient of its own, with jax.custom_vjp"
+
+def _give_type(primitive: Primitive, partitioning: Partitioning, dtype: Any) -> None:
+    """Declares how a primitive is evaluated, and the type of its result."""
+
+    def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
+        shape = partitioning.result_shape(operands)
+        mesh = get_abstract_mesh()
+        if mesh.empty:
+            return ShapedArray(shape, dtype)
+        # The result varies over every manual mesh axis that an operand varies over. A type that
+        # said less would make gradients wrong in silence.
+        return ShapedArray(
+            shape,
+            dtype,
+            sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
+            manual_axis_type=ManualAxisType(varying=_varying(operands)),
         )
 
-    ad.primitive_jvps[primitive] = ad.primitive_jvps[partitioned] = differentiate
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_abstract_eval(abstract_eval)
 
-    def bind_here(*operands: jax.Array, **parameters: Any) -> jax.Array:
+
+class Operation:
+    """A declared operation; called, it binds its primitive.
+
+    Where XLA may partition the program, that is outside of `jax.shard_map` or over an axis that it
+    leaves out, it binds a primitive that carries the jaxpr of a call that XLA asks how to split. It
+    has a rule for `jax.vmap`, which such a call has not; and JAX, which looks for the call in
+    jaxprs, finds it there. Each device then binds a primitive without one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        primitive: Primitive,
+        dtype: Any,
+        batching: Batching,
+        partitioning: Partitioning,
+    ) -> None:
+        """Made by `declare`, which says what the arguments are; `primitive` is one device's."""
+        self._name = name
+        self._primitive = primitive
+        self._dtype = dtype
+        self._batching = batching
+        self._partitioning = partitioning
+        self._with_batches: dict[Batches, Callable[..., jax.Array]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *operands: jax.Array, **parameters: Any) -> jax.Array:
+        """As the context and the operands' types say."""
+        return self.with_batches(())(*operands, **parameters)
+
+    def here(self, *operands: jax.Array, **parameters: Any) -> jax.Array:
         """On this device, or on each device of a `jax.shard_map`."""
-        output: jax.Array = primitive.bind(*_cast_alike(operands), **parameters)
+        output: jax.Array = self._primitive.bind(*_cast_alike(operands), **parameters)
         return output
 
-    @functools.lru_cache(maxsize=4096)  # one object for one call: JAX's caches compare identities
-    def call_of(
-        shapes: tuple[Any, ...],
-        parameters: tuple[tuple[str, Any], ...],
-        manual: AbstractMesh | None,
-        shardy: bool,
-    ) -> ClosedJaxpr | Callable[..., Sequence[jax.Array]]:
-        assert partition is not None
-        structs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-        with no_mesh():
-            call = jax.make_jaxpr(partition(bind_here, structs, dict(parameters), manual))(*structs)
-        # JAX refuses to lower such a call, if it sees one, without devices.
-        return call if manual is None else jaxpr_as_fun(call)
+    def with_batches(self, batches: Batches) -> Callable[..., jax.Array]:
+        """The same for operands that begin with batches."""
+        with self._lock:  # one primitive for one call: JAX's caches compare identities
+            if batches not in self._with_batches:
+                self._with_batches[batches] = self._declare_split(batches)
+            return self._with_batches[batches]
 
-    def bind_splittable(*operands: jax.Array, **parameters: Any) -> jax.Array:
-        """As XLA splits it, where the context leaves that to XLA."""
-        if partition is None:
-            return bind_here(*operands, **parameters)
-        meshes = (get_abstract_mesh(), *(jax.typeof(operand).sharding.mesh for operand in operands))
-        mesh = next((mesh for mesh in meshes if not mesh.empty), None)
-        manual = mesh if mesh is not None and AxisType.Manual in mesh.axis_types else None
-        # The call is not the same for XLA's older partitioner.
-        shardy = bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
-        nothing_is_left = mesh is not None and AxisType.Auto not in mesh.axis_types
-        if nothing_is_left or (manual is not None and not (shardy and free_axis(manual))):
-            return bind_here(*operands, **parameters)
-        shapes = tuple((operand.shape, operand.dtype) for operand in operands)
-        call = call_of(shapes, tuple(sorted(parameters.items())), manual, shardy)
-        output: jax.Array = partitioned.bind(*_cast_alike(operands), call=call, **parameters)
-        return output
+    def differentiate_never(self, primitive: Primitive) -> None:
+        """Makes derivatives of a primitive raise."""
 
-    def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
-        if explicit is not None:
-            split = explicit(bind_splittable, operands, parameters)
-            if split is not None:
-                return split
-        return bind_splittable(*operands, **parameters)
+        def differentiate(*_: Any, **__: Any) -> NoReturn:
+            raise NotImplementedError(
+                f"{self._name}: there is no derivative; give the function that quantises its "
+                "operands and calls it a gradient of its own, with jax.custom_vjp"
+            )
 
-    def lower(
-        context: Any,
-        *operands: Any,
-        call: ClosedJaxpr | Callable[..., Sequence[jax.Array]],
-        **parameters: Any,
-    ) -> Any:
-        def here(*operands: jax.Array) -> jax.Array:
-            with no_mesh():
-                return bind_here(*operands, **parameters)
+        ad.primitive_jvps[primitive] = differentiate
 
-        def split(*operands: jax.Array) -> jax.Array:
-            function = jaxpr_as_fun(call) if isinstance(call, ClosedJaxpr) else call
-            return function(*operands)[0]
-
-        def gathered(*operands: jax.Array) -> jax.Array:
-            return bind_here(*operands, **parameters)
-
-        axes = context.module_context.axis_context
-        function = here if getattr(axes, "num_devices", None) == 1 else split
-        if not isinstance(call, ClosedJaxpr) and isinstance(axes.mesh, AbstractMesh):
-            function = gathered  # JAX wants the devices of a call that XLA asks, here unknown
-        return mlir.lower_fun(function, multiple_results=False)(context, *operands)
-
-    mlir.register_lowering(partitioned, lower)
-
-    if batching_rule is not None:
-        rule = batching_rule
+    def batch(self, primitive: Primitive, batches: Batches) -> None:
+        """Gives a primitive, whose operands begin with batches, its rule for `jax.vmap`."""
 
         def batch(
             operands: Sequence[jax.Array],
@@ -186,12 +210,84 @@ def declare(
             call: Any = None,
             **parameters: Any,
         ) -> tuple[jax.Array, int]:
-            return rule(bind, operands, axes, parameters)
+            batched, whose = self._batching.admit(operands, axes)
+            return self.with_batches((whose, *batches))(*batched, **parameters), 0
 
         batching.primitive_batchers[primitive] = batch
-        batching.primitive_batchers[partitioned] = batch
 
-    return bind
+    def _declare_split(self, batches: Batches) -> Callable[..., jax.Array]:
+        """Returns the function that binds the operation on operands that begin with batches."""
+        partitioned = Primitive(self._name)  # with the parameter `call`
+        partitioning = self._partitioning.with_batches(batches)
+        _give_type(partitioned, partitioning, self._dtype)
+        self.differentiate_never(partitioned)
+        self.batch(partitioned, batches)
+
+        def bind_here(*operands: jax.Array, **parameters: Any) -> jax.Array:
+            if not batches:
+                return self.here(*operands, **parameters)
+            fold = self._batching.fold
+            assert fold is not None
+            return fold(self.here, batches, operands, parameters)
+
+        @functools.lru_cache(maxsize=4096)  # one object for one call: see with_batches
+        def call_of(
+            shapes: tuple[Any, ...],
+            parameters: tuple[tuple[str, Any], ...],
+            manual: AbstractMesh | None,
+            shardy: bool,
+        ) -> ClosedJaxpr | Callable[..., Sequence[jax.Array]]:
+            structs = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+            call = partitioning.automatic(bind_here, structs, dict(parameters), manual)
+            with no_mesh():
+                jaxpr = jax.make_jaxpr(call)(*structs)
+            # JAX refuses to lower such a call, if it sees one, without devices.
+            return jaxpr if manual is None else jaxpr_as_fun(jaxpr)
+
+        def bind_splittable(*operands: jax.Array, **parameters: Any) -> jax.Array:
+            """As XLA splits it, where the context leaves that to XLA."""
+            meshes = (get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in operands))
+            mesh = next((mesh for mesh in meshes if not mesh.empty), None)
+            manual = mesh if mesh is not None and AxisType.Manual in mesh.axis_types else None
+            # The call is not the same for XLA's older partitioner.
+            shardy = bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+            nothing_is_left = mesh is not None and AxisType.Auto not in mesh.axis_types
+            if nothing_is_left or (manual is not None and not (shardy and free_axis(manual))):
+                return bind_here(*operands, **parameters)
+            shapes = tuple((operand.shape, operand.dtype) for operand in operands)
+            call = call_of(shapes, tuple(sorted(parameters.items())), manual, shardy)
+            output: jax.Array = partitioned.bind(*_cast_alike(operands), call=call, **parameters)
+            return output
+
+        def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
+            split = partitioning.explicit(bind_splittable, operands, parameters)
+            return bind_splittable(*operands, **parameters) if split is None else split
+
+        def lower(
+            context: Any,
+            *operands: Any,
+            call: ClosedJaxpr | Callable[..., Sequence[jax.Array]],
+            **parameters: Any,
+        ) -> Any:
+            def here(*operands: jax.Array) -> jax.Array:
+                with no_mesh():
+                    return bind_here(*operands, **parameters)
+
+            def split(*operands: jax.Array) -> jax.Array:
+                function = jaxpr_as_fun(call) if isinstance(call, ClosedJaxpr) else call
+                return function(*operands)[0]
+
+            def gathered(*operands: jax.Array) -> jax.Array:
+                return bind_here(*operands, **parameters)
+
+            axes = context.module_context.axis_context
+            function = here if getattr(axes, "num_devices", None) == 1 else split
+            if not isinstance(call, ClosedJaxpr) and isinstance(axes.mesh, AbstractMesh):
+                function = gathered  # JAX wants the devices of a call that XLA asks, here unknown
+            return mlir.lower_fun(function, multiple_results=False)(context, *operands)
+
+        mlir.register_lowering(partitioned, lower)
+        return bind
 
 
 def no_mesh() -> contextlib.AbstractContextManager[Any]:

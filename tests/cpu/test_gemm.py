@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig, Quantized, ffi, gemm_fp8_fp8_bf16_nt
+from jax_deepgemm.config import OPS
 from tests import numerics
 from tests.lowering import cuda_calls, cuda_text, problem_of
 
@@ -380,10 +382,10 @@ def test_vmap_folds_a_batch_into_m(batch: int, m: int) -> None:
     for i in range(batch):
         check(d[i], numerics.DenseOperands(a[i], sfa[i], b, sfb))
 
-    jaxpr = jax.make_jaxpr(fold)(a, sfa, b, sfb)
-    assert {str(equation.primitive) for equation in jaxpr.eqns} <= {"reshape", OP}
-    (gemm,) = (equation for equation in jaxpr.eqns if str(equation.primitive) == OP)
-    assert gemm.outvars[0].aval.shape == (batch * m, N)
+    calls = cuda_calls(cuda_text(fold, a, sfa, b, sfb))
+    assert [(problem_of(call)["op"], problem_of(call)["m"]) for call in calls] == (
+        [(0, batch * m)] if batch else []
+    )
 
 
 def test_vmap_takes_any_axes_and_nests() -> None:
@@ -399,10 +401,10 @@ def test_vmap_takes_any_axes_and_nests() -> None:
     np.testing.assert_array_equal(np.asarray(d).reshape(6, 5, N), expected)
 
 
-def primitives(function: Callable[..., Any], *arguments: Any) -> list[str]:
-    """The operations of this package in the jaxpr, once for each time."""
-    equations = jax.make_jaxpr(function)(*arguments).eqns
-    return [name for name in map(str, (e.primitive for e in equations)) if "gemm_fp8" in name]
+def launches(function: Callable[..., Any], *arguments: Any) -> list[tuple[str, int]]:
+    """The operation and the groups of each custom call for CUDA."""
+    problems = map(problem_of, cuda_calls(cuda_text(function, *arguments)))
+    return [(OPS[problem["op"]], problem["num_groups"]) for problem in problems]
 
 
 @pytest.mark.parametrize(("batch", "m"), [(3, 5), (1, 1), (3, 0), (0, 5)], ids=str)
@@ -416,12 +418,11 @@ def test_vmap_of_both_is_one_masked_call(batch: int, m: int) -> None:
     assert d.shape == (batch, m, N)
     for i, part in enumerate(parts):
         check(d[i], part)
-    expected = ["m_grouped_gemm_fp8_fp8_bf16_nt_masked"] if batch else []
-    assert primitives(jax.vmap(flat), *stacked) == expected
+    assert launches(jax.vmap(flat), *stacked) == ([("masked", batch)] if batch else [])
 
 
-@pytest.mark.parametrize(("n", "op"), [(128, OP), (N, "m_grouped_gemm_fp8_fp8_bf16_nt_masked")])
-def test_vmap_of_b_alone(n: int, op: str) -> None:
+@pytest.mark.parametrize(("n", "launch"), [(128, ("dense", 1)), (N, ("masked", 3))])
+def test_vmap_of_b_alone(n: int, launch: tuple[str, int]) -> None:
     # Where the scales of one B end with its rows, all of them are one B with more rows.
     parts = [numerics.dense_operands(5, n, K, seed=seed) for seed in range(3)]
     a, sfa, *_ = parts[0]
@@ -432,7 +433,39 @@ def test_vmap_of_b_alone(n: int, op: str) -> None:
     assert d.shape == (3, 5, n)
     for i in range(3):
         check(d[i], numerics.DenseOperands(a, sfa, b[i], sfb[i]))
-    assert primitives(over_b, *arguments) == [op]
+    assert launches(over_b, *arguments) == [launch]
+
+
+OF_A, OF_B, OF_BOTH = (0, 0, None, None), (None, None, 0, 0), (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("n", [24, 128])
+@pytest.mark.parametrize("inner", [OF_A, OF_B, OF_BOTH], ids=["a", "b", "both"])
+@pytest.mark.parametrize("middle", [OF_A, OF_B, OF_BOTH], ids=["a", "b", "both"])
+def test_nested_vmaps_are_one_launch(
+    middle: tuple[int | None, ...], inner: tuple[int | None, ...], n: int
+) -> None:
+    """Three batches, the outer one of A."""
+    batches = ((2, OF_A), (3, middle), (2, inner))
+    operands = numerics.dense_operands(5, n, K, seed=0)
+    rng = np.random.default_rng(1)
+    stacked = []
+    for index, operand in enumerate(operands):
+        shape = [size for size, axes in batches if axes[index] is not None]
+        order = rng.permuted(np.arange(operand.shape[0] * math.prod(shape)) % operand.shape[0])
+        stacked.append(operand[order].reshape(*shape, *operand.shape))
+    function: Callable[..., jax.Array] = flat
+    for _, axes in reversed(batches):
+        function = jax.vmap(function, axes)
+    d = np.asarray(jax.jit(function)(*stacked))
+    assert d.shape == (2, 3, 2, 5, n)
+    for index in np.ndindex(2, 3, 2):
+        parts = []
+        for i, operand in enumerate(stacked):
+            held = [at for at, (_, axes) in zip(index, batches, strict=True) if axes[i] is not None]
+            parts.append(operand[tuple(held)])
+        np.testing.assert_array_equal(d[index], flat(*parts))
+    assert len(launches(function, *stacked)) == 1
 
 
 def test_nested_vmaps_of_both_are_one_call() -> None:
@@ -440,7 +473,7 @@ def test_nested_vmaps_of_both_are_one_call() -> None:
     stacked = [np.stack([part[i] for part in parts]) for i in range(4)]
     nested = [x.reshape(2, 3, *x.shape[1:]) for x in stacked]
     twice = jax.vmap(jax.vmap(flat))
-    assert len(primitives(twice, *nested)) == 1
+    assert launches(twice, *nested) == [("masked", 6)]
     np.testing.assert_array_equal(
         np.asarray(twice(*nested)).reshape(6, 5, N), np.asarray(jax.vmap(flat)(*stacked))
     )
@@ -612,7 +645,7 @@ def test_symbolic_batch_is_refused() -> None:
     a, sfa = (jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for x in (a, sfa))
     with pytest.raises(ValueError) as raised:
         export_for_cuda(jax.vmap(flat, in_axes=(0, 0, None, None)), a, sfa, b, sfb)
-    assert str(raised.value) == f"{OP}: m must be static, got 16*batch"
+    assert str(raised.value) == f"{OP}: batch must be static, got batch"
 
 
 # --- Gradients -----------------------------------------------------------------------------------

@@ -576,6 +576,27 @@ def test_vmap_of_rows_is_more_rows() -> None:
     assert grouped_calls(rows, a, sfa, b, sfb, indices) == 1
 
 
+@pytest.mark.parametrize("op", ["contiguous", "masked"])
+def test_nested_vmaps_are_one_launch(op: str) -> None:
+    """A batch of rows, for the contiguous operation of rows alone, around one of everything."""
+    problem = Problem(op, 3, 256 if op == "contiguous" else 40, 24, 144)
+    stacked, apart = batches(problem, 6)
+    both = [x.reshape(2, 3, *x.shape[1:]) for x in stacked]
+    outer = (0,) * 5
+    if op == "contiguous":  # the same matrices for each of the outer batch
+        both[2:4] = [x[0] for x in both[2:4]]
+        outer = (0, 0, None, None, 0)
+    function = jax.vmap(jax.vmap(functools.partial(call, op)), outer)
+    d = np.asarray(jax.jit(function)(*both))
+    for i in range(2):
+        for j in range(3):
+            a, sfa, b, sfb, array = apart[3 * i + j]
+            if op == "contiguous":
+                b, sfb = apart[j][2:4]
+            check(d[i, j], problem.oracle(numerics.GroupedOperands(a, sfa, b, sfb), array))
+    assert grouped_calls(function, *both) == 1
+
+
 @pytest.mark.parametrize(
     ("op", "rows", "in_axes", "wanted"),
     [

@@ -438,7 +438,7 @@ def test_masked_hint_follows_split_rows() -> None:
 
 @pytest.mark.parametrize("op", DIMENSIONS)
 def test_vmap_of_split_operands(op: str) -> None:
-    """The batch is folded before XLA sees the call, which then splits as ever."""
+    """What is split without a batch is split with one."""
     if op == "ragged":
         pytest.skip("jax.vmap of the ragged operation raises")
     case = make(op, ROWS[op], 256, 256)
@@ -470,6 +470,84 @@ def test_vmap_of_a_split_batch_stays_split() -> None:
     case.check(d[2])
     assert d.sharding.is_equivalent_to(split, 3)
     assert not collectives(function, a, sfa, b, sfb)
+
+
+def stacked(case: Case, whose: str, count: int) -> list[jax.Array]:
+    """The case's operands, those of A ("a"), of B ("b") or of both `count` times."""
+    arrays = len(case.operands) - 4
+    of_operands = ("a", "a", "b", "b", *("a" for _ in range(arrays)))
+    return [
+        jnp.stack([jnp.asarray(x)] * count) if of in whose else jnp.asarray(x)
+        for x, of in zip(case.operands, of_operands, strict=True)
+    ]
+
+
+# Whose the batch is, n, and what is split by which axis: letters of operands, v for the batch.
+SPLIT_BATCHES = (
+    ("dense", "a", 24, {"v": "x"}),
+    ("dense", "a", 256, {"m": "x"}),
+    ("dense", "a", 24, {"v": "x", "m": "y"}),
+    ("dense", "b", 256, {"n": "x"}),
+    ("dense", "b", 24, {"n": "x"}),
+    ("dense", "b", 24, {"v": "x", "m": "y"}),
+    ("dense", "b", 256, {"v": "x", "m": "y"}),
+    ("dense", "ab", 256, {"v": "x", "n": "y"}),
+    ("dense", "ab", 24, {"m": "x", "n": "y"}),
+    ("contiguous", "a", 24, {"v": "x", "m": "y"}),
+    ("contiguous", "ab", 24, {"v": "x"}),
+    ("masked", "ab", 24, {"g": "x"}),
+    ("masked", "ab", 24, {"v": "x", "g": "y"}),
+)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("op", "whose", "n", "plan"),
+    SPLIT_BATCHES,
+    ids=lambda x: "".join(x) if isinstance(x, dict) else str(x),
+)
+def test_vmap_keeps_what_is_split(
+    op: str, whose: str, n: int, plan: dict[str, str], kind: AxisType
+) -> None:
+    """A batch is a dimension like others: nothing is gathered, and nothing computed twice."""
+    case = make(op, ROWS[op], n, 256)
+    mesh = mesh_of(kind, x=4, y=2)
+    names, result = DIMENSIONS[op]
+    of_operands = ("a", "a", "b", "b", *("a" for _ in names[4:]))
+    letters = [
+        "v" + name if of in whose else name for name, of in zip(names, of_operands, strict=True)
+    ]
+    operands = []
+    for x, name in zip(stacked(case, whose, 4), letters, strict=True):
+        # Scales of blocks of n are not split: a part of it has none of its own.
+        split = {dimension: axis for dimension, axis in plan.items() if dimension in name}
+        operands.append(jax.device_put(x, NamedSharding(mesh, spec(name, split))))
+    axes = tuple(0 if name.startswith("v") else None for name in letters)
+    with jax.set_mesh(mesh):
+        function = jax.jit(jax.vmap(case.function, axes))
+        d = function(*operands)
+        assert not collectives(function, *operands)
+    assert d.sharding.is_equivalent_to(
+        NamedSharding(mesh, spec("v" + result, plan)), 1 + len(result)
+    )
+    for i in range(4):
+        case.check(np.asarray(d)[i])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_linear_keeps_a_split_sequence(kind: AxisType) -> None:
+    mesh = mesh_of(kind, x=8)
+    x = np.random.default_rng(0).standard_normal((4, 64, 256), np.float32).astype(jnp.bfloat16)
+    layer = jax_deepgemm.Linear.quantize(np.ones((128, 256), np.float32), np.ones(128, np.float32))
+    split = NamedSharding(mesh, P(None, "x"))
+    here = jax.device_put(x, split)
+    on_all = jax.tree.map(lambda w: jax.device_put(w, NamedSharding(mesh, P())), layer)
+    function = jax.jit(lambda layer, x: layer(x))
+    with jax.set_mesh(mesh):
+        d = function(on_all, here)
+        assert not collectives(function, on_all, here)
+    assert d.sharding.is_equivalent_to(split, 3)
+    np.testing.assert_array_equal(np.asarray(d), layer(x))
 
 
 @pytest.mark.parametrize("op", DIMENSIONS)

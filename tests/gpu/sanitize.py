@@ -54,6 +54,8 @@ DENSE_CASES = [
     ((130, 136, 304), GemmConfig(64, 64, 4, 1)),
     ((130, 136, 304), GemmConfig(128, 64, 2, 1)),
     ((20, 264, 400), GemmConfig(64, 64, 3, 1)),
+    ((1, 136, 304), GemmConfig(64, 32, 4, 1)),
+    ((3, 264, 400), GemmConfig(64, 64, 3, 1, cluster_m=2)),
     ((333, 264, 400), GemmConfig(64, 112, 4, 2)),
     ((333, 392, 144), GemmConfig(128, 72, 3, 2, raster_m=1)),
     ((333, 392, 272), GemmConfig(256, 128, 3, 2)),
@@ -65,19 +67,20 @@ DENSE_CASES = [
     ((130, 8, 16), None),
 ]
 
-# Empty and small groups, groups of several tiles, tiles of several groups; padding in blocks.
+# Empty and small groups, groups of several tiles, tiles of several groups; padding in blocks. Rows
+# are a multiple of 4 in some, whose scales are copied in bulk, and not in others.
 RAGGED = [0, 5, 70, 1, 130]
 MASKED = [33, 0, 70, 1]
 CONTIGUOUS = [0] * 128 + [2] * 70 + [-1] * 58 + [-1] * 128 + [1, -1] * 10
 
 GROUPED_CASES = [
-    (Problem("ragged", 5, 220, 136, 304), RAGGED, GemmConfig(64, 64, 4, 1)),
+    (Problem("ragged", 5, 221, 136, 304), RAGGED, GemmConfig(64, 64, 4, 1)),
     (Problem("ragged", 5, 220, 264, 400), RAGGED, GemmConfig(128, 96, 3, 2)),
     (Problem("ragged", 5, 220, 264, 272), RAGGED, GemmConfig(256, 64, 3, 2, cluster_n=2)),
-    (Problem("ragged", 5, 220, 264, 656), RAGGED, GemmConfig(64, 64, 2, 1, cluster_k=2)),
-    (Problem("masked", 4, 70, 136, 304), MASKED, GemmConfig(64, 112, 4, 2)),
+    (Problem("ragged", 5, 222, 264, 656), RAGGED, GemmConfig(64, 64, 2, 1, cluster_k=2)),
+    (Problem("masked", 3, 71, 136, 304), MASKED[:3], GemmConfig(64, 112, 4, 2)),
     (Problem("masked", 4, 70, 264, 400), MASKED, GemmConfig(128, 96, 3, 2, cluster_n=2)),
-    (Problem("contiguous", 3, 404, 136, 304), CONTIGUOUS, GemmConfig(64, 64, 4, 1)),
+    (Problem("contiguous", 3, 405, 136, 304), [*CONTIGUOUS, -1], GemmConfig(64, 64, 4, 1)),
     (Problem("contiguous", 3, 404, 264, 656), CONTIGUOUS, GemmConfig(256, 64, 3, 2)),
 ]
 
