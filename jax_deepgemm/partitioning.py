@@ -337,9 +337,9 @@ def _sum_of_one(d: jax.Array, axes: Axes, kept: int | None) -> jax.Array:
     """
     *rows, n = d.shape
     even = jnp.pad(d, [(0, 0)] * len(rows) + [(0, 1)]) if n % 2 else d
-    pairs = lax.bitcast_convert_type(even.reshape(*rows, -1, 2), jnp.uint32)
+    pairs = lax.bitcast_convert_type(even.reshape(*rows, -(-n // 2), 2), jnp.uint32)
     total = lax.bitcast_convert_type(_sum(pairs, axes, kept), d.dtype)
-    return total.reshape(*total.shape[:-2], -1)[..., :n]
+    return total.reshape(*total.shape[:-2], even.shape[-1])[..., :n]
 
 
 def _place(

@@ -564,6 +564,12 @@ def test_vmap_of_everything_is_more_groups(problem: Problem) -> None:
     assert grouped_calls(function, *stacked) == 1
 
 
+def test_vmap_of_no_rows() -> None:
+    stacked, _ = batches(Problem("contiguous", 3, 0, 24, 144), 2)
+    d = jax.vmap(functools.partial(call, "contiguous"))(*stacked)
+    assert d.shape == (2, 0, 24)
+
+
 def test_vmap_of_rows_is_more_rows() -> None:
     problem = Problem("contiguous", 3, 512, 24, 144)
     (a, sfa, _, _, indices), apart = batches(problem, 2)

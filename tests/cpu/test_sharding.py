@@ -684,6 +684,13 @@ def test_explicit_rows_that_cut_contiguous_blocks_are_refused() -> None:
         case.function(*operands)
 
 
+@pytest.mark.parametrize("op", ["contiguous", "ragged"])
+def test_explicit_groups_of_no_rows(op: str) -> None:
+    case = make(op, 0, 24, 256)
+    d = case.function(*case.put(mesh_of(AxisType.Explicit, x=8), {"g": "x"}))
+    assert d.shape == (0, 24)
+
+
 def test_explicit_vmap_of_a_split_batch() -> None:
     case = make("dense", 16, 256, 256)
     mesh = mesh_of(AxisType.Explicit, x=4, y=2)
