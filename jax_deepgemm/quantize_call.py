@@ -23,7 +23,7 @@ from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import no_mesh
+from jax_deepgemm.ffi.primitive import cast_alike, no_mesh, refuse_unreduced, varying_axes
 from jax_deepgemm.reference import BLOCK
 
 Shape = tuple[int, ...]
@@ -111,11 +111,6 @@ def _splits_blocks(mesh: Any, axes: Any, size: int, blocks: int) -> bool:
     return size == blocks or part == size or part % BLOCK == 0
 
 
-def _varying(avals: Sequence[Any]) -> frozenset[str]:
-    """The manual mesh axes over which any of the operands varies."""
-    return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
-
-
 def _declare(op: str) -> Callable[..., Arrays]:
     """Returns the function that binds the primitive of `op`.
 
@@ -128,6 +123,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
     reference = getattr(quantize_reference, op)
 
     def abstract_eval(x: Any, *sizes: Any, dtype: Any, power_of_two: bool) -> list[Any]:
+        refuse_unreduced(op, (x, *sizes))
         results: list[Any] = []
         for index, shape in enumerate(result_shapes(op, x.shape)):
             changes: dict[str, Any] = {
@@ -148,7 +144,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
                         for axes, size, blocks in zip(spec, values, shape, strict=True)
                     ]
                 changes["sharding"] = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
-                changes["manual_axis_type"] = ManualAxisType(varying=_varying((x, *sizes)))
+                changes["manual_axis_type"] = ManualAxisType(varying=varying_axes((x, *sizes)))
             results.append(x.update(**changes))
         return results
 
@@ -205,15 +201,8 @@ def _declare(op: str) -> Callable[..., Arrays]:
     ad.primitive_jvps[primitive] = differentiate
 
     def bind(*operands: jax.Array, **parameters: Any) -> Arrays:
-        # Operands that vary over fewer axes are cast here, outside the primitive.
-        avals = [jax.typeof(operand) for operand in operands]
-        varying = _varying(avals)
-        cast = [
-            jax.lax.pcast(operand, tuple(sorted(missing)), to="varying") if missing else operand
-            for operand, aval in zip(operands, avals, strict=True)
-            for missing in [varying - aval.manual_axis_type.varying]
-        ]
-        return tuple(primitive.bind(*cast, **parameters))
+        refuse_unreduced(op, [jax.typeof(operand) for operand in operands])
+        return tuple(primitive.bind(*cast_alike(operands), **parameters))
 
     def batch(
         operands: Sequence[jax.Array], axes: Sequence[int | None], **parameters: Any

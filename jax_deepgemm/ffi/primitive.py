@@ -66,6 +66,7 @@ def declare(
     partitioned = Primitive(name)  # with the parameter `call`
 
     def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
+        refuse_unreduced(name, operands)
         shape, dtype = result(*operands)
         mesh = get_abstract_mesh()
         if mesh.empty:
@@ -76,7 +77,7 @@ def declare(
             shape,
             np.dtype(dtype),
             sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
-            manual_axis_type=ManualAxisType(varying=_varying(operands)),
+            manual_axis_type=ManualAxisType(varying=varying_axes(operands)),
         )
 
     for each in (primitive, partitioned):
@@ -111,7 +112,7 @@ def declare(
 
     def bind_here(*operands: jax.Array, **parameters: Any) -> jax.Array:
         """On this device, or on each device of a `jax.shard_map`."""
-        output: jax.Array = primitive.bind(*_cast_alike(operands), **parameters)
+        output: jax.Array = primitive.bind(*cast_alike(operands), **parameters)
         return output
 
     @functools.lru_cache(maxsize=4096)  # one object for one call: JAX's caches compare identities
@@ -142,10 +143,11 @@ def declare(
             return bind_here(*operands, **parameters)
         shapes = tuple((operand.shape, operand.dtype) for operand in operands)
         call = call_of(shapes, tuple(sorted(parameters.items())), manual, shardy)
-        output: jax.Array = partitioned.bind(*_cast_alike(operands), call=call, **parameters)
+        output: jax.Array = partitioned.bind(*cast_alike(operands), call=call, **parameters)
         return output
 
     def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
+        refuse_unreduced(name, [jax.typeof(operand) for operand in operands])
         if explicit is not None:
             split = explicit(bind_splittable, operands, parameters)
             if split is not None:
@@ -199,17 +201,35 @@ def no_mesh() -> contextlib.AbstractContextManager[Any]:
     return use_abstract_mesh(AbstractMesh((), ()))
 
 
-def _varying(avals: Sequence[Any]) -> frozenset[str]:
+def refuse_unreduced(function: str, avals: Sequence[Any]) -> None:
+    """Raises if a type says that an operand, or its gradient, is yet to be added up over an axis.
+
+    The result's type would not say so, and the numbers would be wrong in silence.
+    """
+    remedies = {"unreduced": "jax.lax.psum it", "reduced": "jax.lax.pcast it to 'varying'"}
+    for aval in avals:
+        for kind, remedy in remedies.items():
+            manual = getattr(aval.manual_axis_type, kind, ())
+            axes = manual or getattr(aval.sharding.spec, kind, ())
+            if axes:
+                raise NotImplementedError(
+                    f"{function}: operands must not be {kind} over a mesh axis, got "
+                    f"{aval.dtype.name}{list(aval.shape)} {kind} over {', '.join(sorted(axes))}: "
+                    f"{remedy if manual else 'jax.sharding.reshard it'} first"
+                )
+
+
+def varying_axes(avals: Sequence[Any]) -> frozenset[str]:
     """The manual mesh axes over which any of the operands varies."""
     return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
 
 
-def _cast_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
+def cast_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
     """Casts operands that vary over fewer mesh axes than others.
 
     That is done outside the primitive, where the cast's transpose (a psum) belongs.
     """
-    varying = _varying([jax.typeof(operand) for operand in operands])
+    varying = varying_axes([jax.typeof(operand) for operand in operands])
     return [_cast_to_varying(operand, varying) for operand in operands]
 
 
