@@ -3,7 +3,9 @@
 On a GPU each function is one kernel that reads its input once (csrc/kernels/quantize.cuh), on a
 CPU it is `quantize_reference`; both give the same bits. The inverse is `dequantize`. Where
 `jax.jit` spreads a program over several GPUs, outside `jax.shard_map`, XLA partitions and compiles
-the jnp version, whose last bit is XLA's.
+the jnp version, whose last bit is XLA's. On explicit meshes (`AxisType.Explicit`) values are split
+like x, and so are scales, but for the dimensions in which shards end within a block of 128: there
+every device has all scales.
 
 All of them compute, for each block, in float32 with IEEE rounding to the nearest:
 

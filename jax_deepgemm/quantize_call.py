@@ -19,7 +19,14 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    ManualAxisType,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
@@ -104,11 +111,39 @@ def _is_transposed(op: str, index: int) -> bool:
     return op == "quantize_per_token_transposed" or (op == "quantize_per_token_both" and index > 1)
 
 
-def _splits_blocks(mesh: Any, axes: Any, size: int, blocks: int) -> bool:
-    """Whether a dimension of values, split over mesh axes, has whole blocks in every part."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    part = size // math.prod(mesh.shape[name] for name in names)
-    return size == blocks or part == size or part % BLOCK == 0
+def _mesh(avals: Sequence[Any]) -> AbstractMesh:
+    """The mesh that types tell of, empty if they tell of none."""
+    meshes: list[AbstractMesh] = [aval.sharding.mesh for aval in avals]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
+def _result_specs(op: str, x: Any, mesh: AbstractMesh) -> list[PartitionSpec]:
+    """How results are split on an explicit mesh: rows and k stay where they are.
+
+    A dimension of scales is whole where a shard of the values ends within a block, and one of
+    values where it does not divide, as half of the columns that SwiGLU takes may not.
+    """
+
+    def split(axes: Any, size: int, unit: int) -> Any:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        return axes if parts == 1 or size % (parts * unit) == 0 else None
+
+    spec = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+    shapes = result_shapes(op, x.shape)
+    specs = []
+    for index, shape in enumerate(shapes):
+        values = shapes[index - index % 2]
+        of_values = [*spec[:-2], *spec[:-3:-1]] if _is_transposed(op, index) else spec
+        specs.append(
+            PartitionSpec(
+                *(
+                    split(axes, size, 1 if size == blocks else BLOCK)
+                    for axes, size, blocks in zip(of_values, values, shape, strict=True)
+                )
+            )
+        )
+    return specs
 
 
 def _declare(op: str) -> Callable[..., Arrays]:
@@ -124,26 +159,19 @@ def _declare(op: str) -> Callable[..., Arrays]:
 
     def abstract_eval(x: Any, *sizes: Any, dtype: Any, power_of_two: bool) -> list[Any]:
         refuse_unreduced(op, (x, *sizes))
-        results: list[Any] = []
-        for index, shape in enumerate(result_shapes(op, x.shape)):
+        mesh = _mesh((x, *sizes))
+        specs = _result_specs(op, x, mesh)
+        results = []
+        for index, (shape, spec) in enumerate(zip(result_shapes(op, x.shape), specs, strict=True)):
             changes: dict[str, Any] = {
                 "shape": shape,
                 "dtype": np.dtype(np.float32) if index % 2 else dtype,
                 "weak_type": False,
             }
-            if not x.sharding.mesh.empty:
-                # Rows and k stay where they are; a result varies over all axes that an operand
-                # varies over, or gradients would be wrong in silence.
-                spec = [*x.sharding.spec, *[None] * (len(shape) - len(x.sharding.spec))]
-                if _is_transposed(op, index):
-                    spec[-2:] = spec[:-3:-1]
-                if index % 2:
-                    values = results[-1].shape
-                    spec = [
-                        axes if _splits_blocks(x.sharding.mesh, axes, size, blocks) else None
-                        for axes, size, blocks in zip(spec, values, shape, strict=True)
-                    ]
-                changes["sharding"] = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
+            if not mesh.empty:
+                changes["sharding"] = NamedSharding(mesh, spec)
+                # A result varies over all axes that an operand varies over, or gradients would be
+                # wrong in silence.
                 changes["manual_axis_type"] = ManualAxisType(varying=varying_axes((x, *sizes)))
             results.append(x.update(**changes))
         return results
@@ -172,15 +200,47 @@ def _declare(op: str) -> Callable[..., Arrays]:
             for result, shape in zip(call(*operands, problem=attributes), shapes, strict=True)
         ]
 
+    def partitioned(context: Any, *operands: Any, **parameters: Any) -> Any:
+        """The jnp version, which XLA partitions, over explicit axes like over automatic ones.
+
+        Types cannot say how a reshape splits blocks that shards cut. XLA can, and reduces over the
+        devices that share a block.
+        """
+        mesh = _mesh(context.avals_in)
+        lower = functools.partial(mlir.lower_fun, multiple_results=True)
+        if AxisType.Explicit not in mesh.axis_types:
+            return lower(reference)(context, *operands, **parameters)
+        kinds = [AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types]
+        automatic = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=tuple(kinds))
+        # Over axes that were automatic, XLA may split what the types do not.
+        rest = PartitionSpec.UNCONSTRAINED if AxisType.Auto in mesh.axis_types else None
+
+        def split(*operands: jax.Array, **parameters: Any) -> list[jax.Array]:
+            return [
+                jax.lax.with_sharding_constraint(
+                    result, PartitionSpec(*(axes or rest for axes in aval.sharding.spec))
+                )
+                for result, aval in zip(
+                    reference(*operands, **parameters), context.avals_out, strict=True
+                )
+            ]
+
+        def untyped(aval: Any) -> Any:
+            return aval.update(sharding=NamedSharding(automatic, PartitionSpec()))
+
+        here = context.replace(
+            avals_in=[untyped(aval) for aval in context.avals_in],
+            avals_out=[untyped(aval) for aval in context.avals_out],
+        )
+        with use_abstract_mesh(automatic):
+            return lower(split)(here, *operands, **parameters)
+
     def cuda(context: Any, *operands: Any, **parameters: Any) -> Any:
         # XLA cannot look into a custom call: in a program that `jit` partitions it would gather x,
         # and each device would quantise all of it. It partitions the jnp version. Inside
         # `shard_map` operands are shards, and the kernel runs.
-        several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
-        if several:
-            return mlir.lower_fun(reference, multiple_results=True)(
-                context, *operands, **parameters
-            )
+        if getattr(context.module_context.axis_context, "num_devices", 1) > 1:
+            return partitioned(context, *operands, **parameters)
         # The program of one device knows no mesh, on which x could not be made a matrix.
         here = context.replace(
             avals_in=[ShapedArray(x.shape, x.dtype) for x in context.avals_in],
@@ -189,7 +249,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
         with no_mesh():
             return mlir.lower_fun(call_target, multiple_results=True)(here, *operands, **parameters)
 
-    mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True), "cpu")
+    mlir.register_lowering(primitive, partitioned, "cpu")
     mlir.register_lowering(primitive, cuda, "cuda")
 
     def differentiate(*_: Any, **__: Any) -> NoReturn:

@@ -146,13 +146,13 @@ def clear_invalid_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
     Negative sizes count as 0, and what exceeds the rows is cut off.
     """
     rows = x.shape[-2]
-    count = lax.reduce(
-        jnp.clip(sizes, 0, rows).astype(jnp.uint32),
-        np.uint32(0),
-        lambda x, y: jnp.minimum(x + y, np.uint32(rows)),  # which cannot overflow
-        dimensions=(sizes.ndim - 1,),
-    )
-    valid = jnp.arange(rows, dtype=jnp.uint32) < count[..., None]
+    counts = jnp.clip(sizes, 0, rows).astype(jnp.uint32)
+    # A plain sum could overflow, and XLA cannot partition a reduction that is none: by halves.
+    while (length := counts.shape[-1]) > 1:
+        counts = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, length % 2)])
+        half = counts.shape[-1] // 2
+        counts = jnp.minimum(counts[..., :half] + counts[..., half:], np.uint32(rows))
+    valid = jnp.arange(rows, dtype=jnp.uint32) < counts
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 
