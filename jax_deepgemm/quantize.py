@@ -28,7 +28,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.arguments import boolean
-from jax_deepgemm.operands import check_integers, check_static
+from jax_deepgemm.operands import check_integers, check_static, values_are_checked
 from jax_deepgemm.quantize_call import OUTPUT_TYPES, bind
 from jax_deepgemm.quantized_array import QuantizedArray
 
@@ -63,8 +63,8 @@ def quantize_per_token(
         dtype: float8_e4m3fn, which GEMMs take, or float8_e5m2.
         masked_m: int32[num_groups], of x [num_groups, max_m, k]: only the first masked_m[g] rows of
             group g count, as for `m_grouped_gemm_fp8_fp8_bf16_nt_masked`. On a GPU the others are
-            neither read nor written, and hold whatever was in that memory; on a CPU they are zeros
-            with the scale 1.
+            neither read nor written, and hold whatever was in that memory; on a CPU, or traced
+            under `jax.debug_nans` or `jax.debug_infs`, they are zeros with the scale 1.
         group_sizes: int32[num_sizes], of x [m, k]: only the first sum(group_sizes) rows count, as
             for `m_grouped_gemm_fp8_fp8_bf16_nt_ragged`; negative sizes count as 0. The others as
             with masked_m.
@@ -85,7 +85,8 @@ def quantize_per_token(
     name = "quantize_per_token"
     array = _checked(name, x, "[..., m, k]")
     sizes = _sizes(name, array, "k", masked_m, group_sizes)
-    return QuantizedArray(*bind[name](array, *sizes, **_options(name, dtype, power_of_two)))
+    options = _options(name, dtype, power_of_two, has_sizes=bool(sizes))
+    return QuantizedArray(*bind[name](array, *sizes, **options))
 
 
 def quantize_per_block(
@@ -217,7 +218,8 @@ def silu_mul_quantize(
             f"{array.dtype}{list(array.shape)}"
         )
     sizes = _sizes(name, array, "2f", masked_m, group_sizes)
-    return QuantizedArray(*bind[name](array, *sizes, **_options(name, dtype, power_of_two)))
+    options = _options(name, dtype, power_of_two, has_sizes=bool(sizes))
+    return QuantizedArray(*bind[name](array, *sizes, **options))
 
 
 def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
@@ -235,7 +237,9 @@ def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
     return array.astype(jnp.float32) if array.dtype == jnp.float64 else array
 
 
-def _options(function: str, dtype: DTypeLike, power_of_two: bool) -> dict[str, Any]:
+def _options(
+    function: str, dtype: DTypeLike, power_of_two: bool, has_sizes: bool = False
+) -> dict[str, Any]:
     """Returns a primitive's parameters, or raises in the name of `function`."""
     try:
         output = np.dtype(dtype)
@@ -248,6 +252,7 @@ def _options(function: str, dtype: DTypeLike, power_of_two: bool) -> dict[str, A
     return {
         "dtype": output,
         "power_of_two": boolean(function, "power_of_two", power_of_two),
+        "fill": has_sizes and values_are_checked(),
     }
 
 

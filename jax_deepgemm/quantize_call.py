@@ -150,14 +150,18 @@ def _declare(op: str) -> Callable[..., Arrays]:
     """Returns the function that binds the primitive of `op`.
 
     Its operands are x [..., rows, k] and, where it takes them, sizes int32[..., s]; its parameters
-    dtype, a NumPy type, and power_of_two.
+    dtype, a NumPy type, power_of_two, and fill: whether rows that do not count are zeros on a GPU,
+    too. They are within the primitive, because JAX checks what a primitive returns.
     """
     primitive = Primitive(op)
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    reference = getattr(quantize_reference, op)
 
-    def abstract_eval(x: Any, *sizes: Any, dtype: Any, power_of_two: bool) -> list[Any]:
+    def reference(*operands: jax.Array, fill: bool, **parameters: Any) -> Arrays:
+        results: Arrays = getattr(quantize_reference, op)(*operands, **parameters)
+        return results
+
+    def abstract_eval(x: Any, *sizes: Any, dtype: Any, **_: Any) -> list[Any]:
         refuse_unreduced(op, (x, *sizes))
         mesh = _mesh((x, *sizes))
         specs = _result_specs(op, x, mesh)
@@ -179,8 +183,8 @@ def _declare(op: str) -> Callable[..., Arrays]:
     primitive.def_abstract_eval(abstract_eval)
 
     def call_target(
-        x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool
-    ) -> list[jax.Array]:
+        x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool, fill: bool
+    ) -> Sequence[jax.Array]:
         problem = problem_of(op, x, sizes, dtype=dtype, power_of_two=power_of_two)
         shapes = result_shapes(op, x.shape)
         matrices, layouts = [], []
@@ -195,10 +199,11 @@ def _declare(op: str) -> Callable[..., Arrays]:
         operands = [matrix, *(size.reshape(-1) for size in sizes)]
         # int64 whatever the caller's type: the target decodes exactly that.
         attributes = {key: np.int64(value) for key, value in problem._asdict().items()}
-        return [
+        results = [
             result.reshape(shape)
             for result, shape in zip(call(*operands, problem=attributes), shapes, strict=True)
         ]
+        return quantize_reference.fill_invalid_rows(*results, *sizes) if fill else results
 
     def partitioned(context: Any, *operands: Any, **parameters: Any) -> Any:
         """The jnp version, which XLA partitions, over explicit axes like over automatic ones.
@@ -287,4 +292,4 @@ def _declare(op: str) -> Callable[..., Arrays]:
 
 
 bind: dict[str, Callable[..., Arrays]] = {op: _declare(op) for op in OPS}
-"""For each op (x, *sizes, dtype=, power_of_two=) -> values, scales and perhaps a second pair."""
+"""For each op (x, *sizes, dtype=, power_of_two=, fill=) -> values, scales; perhaps two pairs."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jax_deepgemm
 from jax_deepgemm import QuantizedArray
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.quantize_reference import exp_negative, silu_mul
+from jax_deepgemm.quantize_reference import exp_negative, fill_invalid_rows, silu_mul
 from tests import quantize_oracle as oracle
 from tests.lowering import cuda_text
 
@@ -168,6 +168,51 @@ def test_vmap_of_sizes_is_more_matrices() -> None:
         text = cuda_text(lambda x, m, axes=axes: jax.vmap(masked, axes)(x, m), *operands)
         assert text.count(f"custom_call @{_native.QUANTIZE_TARGET}(") == 1
         assert "batch = 6 : i64" in text
+
+
+@pytest.mark.parametrize("check", [jax.debug_nans, jax.debug_infs])
+@pytest.mark.parametrize("op", SIZED_OPS)
+@pytest.mark.parametrize("sizes", ["masked_m", "group_sizes"])
+def test_undefined_rows_are_zero_where_values_are_checked(op: str, sizes: str, check: Any) -> None:
+    """They may hold a NaN that JAX would find, and nobody else reads."""
+    x = jnp.ones((3, 5, 256) if sizes == "masked_m" else (15, 256), jnp.bfloat16)
+    counts = np.array([2, 0, 9], np.int32)
+
+    def selects() -> int:
+        text = cuda_text(lambda x, counts: run(op, x, **{sizes: counts}), x, counts)
+        assert text.count(f"custom_call @{_native.QUANTIZE_TARGET}(") == 1
+        return text.count("stablehlo.select")
+
+    assert selects() == 0
+    with check(True):
+        assert selects() == 2  # of values and of scales
+        assert "stablehlo.select" not in cuda_text(lambda x: run(op, x), x)
+        batched = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+        mapped = jax.vmap(lambda x: run(op, x, **{sizes: counts}))
+        assert cuda_text(mapped, batched).count("stablehlo.select") == 2
+
+
+@pytest.mark.parametrize("fp8", oracle.FP8_TYPES)
+def test_filling_rows_changes_no_bit_of_the_others(fp8: str) -> None:
+    codes = np.arange(2 * 4 * 128, dtype=np.uint32).astype(np.uint8).reshape(2, 4, 128)  # all
+    scales = np.full((2, 4, 1), np.nan, np.float32)
+    sizes = np.array([[1, 2], [-1, 0]], np.int32)
+    got = fill_invalid_rows(codes.view(fp8), jnp.asarray(scales), jnp.asarray(sizes))
+    valid = np.array([[True, True, True, False], [False] * 4])[..., None]
+    oracle.assert_same_bits(got[0], np.where(valid, codes, 0).astype(np.uint8).view(fp8))
+    oracle.assert_same_bits(got[1], np.where(valid, scales, np.float32(1)))
+
+
+@pytest.mark.parametrize("op", SIZED_OPS)
+def test_debug_nans(op: str) -> None:
+    x = oracle.inputs("normal", (2, 4, 256), "float32", np.random.default_rng(15))
+    x[0, 3] = np.nan
+    array = jnp.asarray(x)  # which JAX would check, too
+    with jax.debug_nans(True):
+        for function in (run, jax.jit(run, static_argnums=0)):
+            function(op, array, masked_m=np.array([3, 4], np.int32))
+            with pytest.raises(FloatingPointError, match="nan"):
+                function(op, array, masked_m=np.array([4, 4], np.int32))
 
 
 # --- Errors --------------------------------------------------------------------------------------
