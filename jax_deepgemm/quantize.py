@@ -28,7 +28,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.arguments import boolean
-from jax_deepgemm.operands import check_integers, check_static, values_are_checked
+from jax_deepgemm.operands import check_integers, check_static, describe, values_are_checked
 from jax_deepgemm.quantize_call import OUTPUT_TYPES, bind
 from jax_deepgemm.quantized_array import QuantizedArray
 
@@ -224,11 +224,15 @@ def silu_mul_quantize(
 
 def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
     """Returns x as an array of at most 32 bits, or raises in the name of `function`."""
+    wanted = f"{function}: x must be {', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
     if isinstance(x, tuple):
-        raise TypeError(f"{function}: x must be an array, got {type(x).__name__}")
-    array = jnp.asarray(x)
-    expected = f"{', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
-    message = f"{function}: x must be {expected}, got {array.dtype}{list(array.shape)}"
+        raise TypeError(f"{wanted}, got {type(x).__name__}")
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        found = describe(x) if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"{wanted}, got {found}") from error
+    message = f"{wanted}, got {describe(array)}"
     if array.dtype.name not in _FLOAT_TYPES:
         raise TypeError(message)
     if array.ndim < 2:
@@ -241,14 +245,15 @@ def _options(
     function: str, dtype: DTypeLike, power_of_two: bool, has_sizes: bool = False
 ) -> dict[str, Any]:
     """Returns a primitive's parameters, or raises in the name of `function`."""
+    wanted = f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}"
+    if dtype is None:  # float64, to NumPy
+        raise TypeError(f"{wanted}, got None")
     try:
         output = np.dtype(dtype)
     except TypeError as error:
-        raise TypeError(
-            f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {dtype!r}"
-        ) from error
+        raise TypeError(f"{wanted}, got {dtype!r}") from error
     if output.name not in OUTPUT_TYPES:
-        raise TypeError(f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {output.name}")
+        raise TypeError(f"{wanted}, got {output.name}")
     return {
         "dtype": output,
         "power_of_two": boolean(function, "power_of_two", power_of_two),
