@@ -113,6 +113,14 @@ def check_static(function: str, **sizes: Any) -> None:
             raise ValueError(f"{function}: {argument} must be static, got {size}")
 
 
+def values_are_checked() -> bool:
+    """Whether `jax.debug_nans` or `jax.debug_infs` is on.
+
+    What they look for must not be found in rows that nobody reads.
+    """
+    return any(getattr(jax.config, f"jax_debug_{kind}", False) for kind in ("nans", "infs"))
+
+
 def describe(array: Any) -> str:
     """The array's type as messages show it, for example "int32[16, 3]"."""
     return f"{array.dtype.name}[{', '.join(map(str, array.shape))}]"

@@ -3,7 +3,9 @@
 On a GPU each function is one kernel that reads its input once (csrc/kernels/quantize.cuh), on a
 CPU it is `quantize_reference`; both give the same bits. The inverse is `dequantize`. Where
 `jax.jit` spreads a program over several GPUs, outside `jax.shard_map`, XLA partitions and compiles
-the jnp version, whose last bit is XLA's.
+the jnp version, whose last bit is XLA's. On explicit meshes (`AxisType.Explicit`) values are split
+like x, and so are scales, but for the dimensions in which shards end within a block of 128: there
+every device has all scales.
 
 All of them compute, for each block, in float32 with IEEE rounding to the nearest:
 
@@ -26,7 +28,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_deepgemm.arguments import boolean
-from jax_deepgemm.operands import check_integers, check_static
+from jax_deepgemm.operands import check_integers, check_static, describe, values_are_checked
 from jax_deepgemm.quantize_call import OUTPUT_TYPES, bind
 from jax_deepgemm.quantized_array import QuantizedArray
 
@@ -61,8 +63,8 @@ def quantize_per_token(
         dtype: float8_e4m3fn, which GEMMs take, or float8_e5m2.
         masked_m: int32[num_groups], of x [num_groups, max_m, k]: only the first masked_m[g] rows of
             group g count, as for `m_grouped_gemm_fp8_fp8_bf16_nt_masked`. On a GPU the others are
-            neither read nor written, and hold whatever was in that memory; on a CPU they are zeros
-            with the scale 1.
+            neither read nor written, and hold whatever was in that memory; on a CPU, or traced
+            under `jax.debug_nans` or `jax.debug_infs`, they are zeros with the scale 1.
         group_sizes: int32[num_sizes], of x [m, k]: only the first sum(group_sizes) rows count, as
             for `m_grouped_gemm_fp8_fp8_bf16_nt_ragged`; negative sizes count as 0. The others as
             with masked_m.
@@ -83,7 +85,8 @@ def quantize_per_token(
     name = "quantize_per_token"
     array = _checked(name, x, "[..., m, k]")
     sizes = _sizes(name, array, "k", masked_m, group_sizes)
-    return QuantizedArray(*bind[name](array, *sizes, **_options(name, dtype, power_of_two)))
+    options = _options(name, dtype, power_of_two, has_sizes=bool(sizes))
+    return QuantizedArray(*bind[name](array, *sizes, **options))
 
 
 def quantize_per_block(
@@ -215,16 +218,21 @@ def silu_mul_quantize(
             f"{array.dtype}{list(array.shape)}"
         )
     sizes = _sizes(name, array, "2f", masked_m, group_sizes)
-    return QuantizedArray(*bind[name](array, *sizes, **_options(name, dtype, power_of_two)))
+    options = _options(name, dtype, power_of_two, has_sizes=bool(sizes))
+    return QuantizedArray(*bind[name](array, *sizes, **options))
 
 
 def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
     """Returns x as an array of at most 32 bits, or raises in the name of `function`."""
+    wanted = f"{function}: x must be {', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
     if isinstance(x, tuple):
-        raise TypeError(f"{function}: x must be an array, got {type(x).__name__}")
-    array = jnp.asarray(x)
-    expected = f"{', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
-    message = f"{function}: x must be {expected}, got {array.dtype}{list(array.shape)}"
+        raise TypeError(f"{wanted}, got {type(x).__name__}")
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        found = describe(x) if isinstance(x, np.ndarray) else type(x).__name__
+        raise TypeError(f"{wanted}, got {found}") from error
+    message = f"{wanted}, got {describe(array)}"
     if array.dtype.name not in _FLOAT_TYPES:
         raise TypeError(message)
     if array.ndim < 2:
@@ -233,19 +241,23 @@ def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
     return array.astype(jnp.float32) if array.dtype == jnp.float64 else array
 
 
-def _options(function: str, dtype: DTypeLike, power_of_two: bool) -> dict[str, Any]:
+def _options(
+    function: str, dtype: DTypeLike, power_of_two: bool, has_sizes: bool = False
+) -> dict[str, Any]:
     """Returns a primitive's parameters, or raises in the name of `function`."""
+    wanted = f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}"
+    if dtype is None:  # float64, to NumPy
+        raise TypeError(f"{wanted}, got None")
     try:
         output = np.dtype(dtype)
     except TypeError as error:
-        raise TypeError(
-            f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {dtype!r}"
-        ) from error
+        raise TypeError(f"{wanted}, got {dtype!r}") from error
     if output.name not in OUTPUT_TYPES:
-        raise TypeError(f"{function}: dtype must be {' or '.join(OUTPUT_TYPES)}, got {output.name}")
+        raise TypeError(f"{wanted}, got {output.name}")
     return {
         "dtype": output,
         "power_of_two": boolean(function, "power_of_two", power_of_two),
+        "fill": has_sizes and values_are_checked(),
     }
 
 

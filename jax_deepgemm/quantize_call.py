@@ -19,11 +19,18 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
-from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    ManualAxisType,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import no_mesh
+from jax_deepgemm.ffi.primitive import cast_alike, no_mesh, refuse_unreduced, varying_axes
 from jax_deepgemm.reference import BLOCK
 
 Shape = tuple[int, ...]
@@ -104,59 +111,80 @@ def _is_transposed(op: str, index: int) -> bool:
     return op == "quantize_per_token_transposed" or (op == "quantize_per_token_both" and index > 1)
 
 
-def _splits_blocks(mesh: Any, axes: Any, size: int, blocks: int) -> bool:
-    """Whether a dimension of values, split over mesh axes, has whole blocks in every part."""
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    part = size // math.prod(mesh.shape[name] for name in names)
-    return size == blocks or part == size or part % BLOCK == 0
+def _mesh(avals: Sequence[Any]) -> AbstractMesh:
+    """The mesh that types tell of, empty if they tell of none."""
+    meshes: list[AbstractMesh] = [aval.sharding.mesh for aval in avals]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
 
 
-def _varying(avals: Sequence[Any]) -> frozenset[str]:
-    """The manual mesh axes over which any of the operands varies."""
-    return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
+def _result_specs(op: str, x: Any, mesh: AbstractMesh) -> list[PartitionSpec]:
+    """How results are split on an explicit mesh: rows and k stay where they are.
+
+    A dimension of scales is whole where a shard of the values ends within a block, and one of
+    values where it does not divide, as half of the columns that SwiGLU takes may not.
+    """
+
+    def split(axes: Any, size: int, unit: int) -> Any:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[name] for name in names)
+        return axes if parts == 1 or size % (parts * unit) == 0 else None
+
+    spec = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+    shapes = result_shapes(op, x.shape)
+    specs = []
+    for index, shape in enumerate(shapes):
+        values = shapes[index - index % 2]
+        of_values = [*spec[:-2], *spec[:-3:-1]] if _is_transposed(op, index) else spec
+        specs.append(
+            PartitionSpec(
+                *(
+                    split(axes, size, 1 if size == blocks else BLOCK)
+                    for axes, size, blocks in zip(of_values, values, shape, strict=True)
+                )
+            )
+        )
+    return specs
 
 
 def _declare(op: str) -> Callable[..., Arrays]:
     """Returns the function that binds the primitive of `op`.
 
     Its operands are x [..., rows, k] and, where it takes them, sizes int32[..., s]; its parameters
-    dtype, a NumPy type, and power_of_two.
+    dtype, a NumPy type, power_of_two, and fill: whether rows that do not count are zeros on a GPU,
+    too. They are within the primitive, because JAX checks what a primitive returns.
     """
     primitive = Primitive(op)
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
-    reference = getattr(quantize_reference, op)
 
-    def abstract_eval(x: Any, *sizes: Any, dtype: Any, power_of_two: bool) -> list[Any]:
-        results: list[Any] = []
-        for index, shape in enumerate(result_shapes(op, x.shape)):
+    def reference(*operands: jax.Array, fill: bool, **parameters: Any) -> Arrays:
+        results: Arrays = getattr(quantize_reference, op)(*operands, **parameters)
+        return results
+
+    def abstract_eval(x: Any, *sizes: Any, dtype: Any, **_: Any) -> list[Any]:
+        refuse_unreduced(op, (x, *sizes))
+        mesh = _mesh((x, *sizes))
+        specs = _result_specs(op, x, mesh)
+        results = []
+        for index, (shape, spec) in enumerate(zip(result_shapes(op, x.shape), specs, strict=True)):
             changes: dict[str, Any] = {
                 "shape": shape,
                 "dtype": np.dtype(np.float32) if index % 2 else dtype,
                 "weak_type": False,
             }
-            if not x.sharding.mesh.empty:
-                # Rows and k stay where they are; a result varies over all axes that an operand
-                # varies over, or gradients would be wrong in silence.
-                spec = [*x.sharding.spec, *[None] * (len(shape) - len(x.sharding.spec))]
-                if _is_transposed(op, index):
-                    spec[-2:] = spec[:-3:-1]
-                if index % 2:
-                    values = results[-1].shape
-                    spec = [
-                        axes if _splits_blocks(x.sharding.mesh, axes, size, blocks) else None
-                        for axes, size, blocks in zip(spec, values, shape, strict=True)
-                    ]
-                changes["sharding"] = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
-                changes["manual_axis_type"] = ManualAxisType(varying=_varying((x, *sizes)))
+            if not mesh.empty:
+                changes["sharding"] = NamedSharding(mesh, spec)
+                # A result varies over all axes that an operand varies over, or gradients would be
+                # wrong in silence.
+                changes["manual_axis_type"] = ManualAxisType(varying=varying_axes((x, *sizes)))
             results.append(x.update(**changes))
         return results
 
     primitive.def_abstract_eval(abstract_eval)
 
     def call_target(
-        x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool
-    ) -> list[jax.Array]:
+        x: jax.Array, *sizes: jax.Array, dtype: Any, power_of_two: bool, fill: bool
+    ) -> Sequence[jax.Array]:
         problem = problem_of(op, x, sizes, dtype=dtype, power_of_two=power_of_two)
         shapes = result_shapes(op, x.shape)
         matrices, layouts = [], []
@@ -171,20 +199,53 @@ def _declare(op: str) -> Callable[..., Arrays]:
         operands = [matrix, *(size.reshape(-1) for size in sizes)]
         # int64 whatever the caller's type: the target decodes exactly that.
         attributes = {key: np.int64(value) for key, value in problem._asdict().items()}
-        return [
+        results = [
             result.reshape(shape)
             for result, shape in zip(call(*operands, problem=attributes), shapes, strict=True)
         ]
+        return quantize_reference.fill_invalid_rows(*results, *sizes) if fill else results
+
+    def partitioned(context: Any, *operands: Any, **parameters: Any) -> Any:
+        """The jnp version, which XLA partitions, over explicit axes like over automatic ones.
+
+        Types cannot say how a reshape splits blocks that shards cut. XLA can, and reduces over the
+        devices that share a block.
+        """
+        mesh = _mesh(context.avals_in)
+        lower = functools.partial(mlir.lower_fun, multiple_results=True)
+        if AxisType.Explicit not in mesh.axis_types:
+            return lower(reference)(context, *operands, **parameters)
+        kinds = [AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types]
+        automatic = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=tuple(kinds))
+        # Over axes that were automatic, XLA may split what the types do not.
+        rest = PartitionSpec.UNCONSTRAINED if AxisType.Auto in mesh.axis_types else None
+
+        def split(*operands: jax.Array, **parameters: Any) -> list[jax.Array]:
+            return [
+                jax.lax.with_sharding_constraint(
+                    result, PartitionSpec(*(axes or rest for axes in aval.sharding.spec))
+                )
+                for result, aval in zip(
+                    reference(*operands, **parameters), context.avals_out, strict=True
+                )
+            ]
+
+        def untyped(aval: Any) -> Any:
+            return aval.update(sharding=NamedSharding(automatic, PartitionSpec()))
+
+        here = context.replace(
+            avals_in=[untyped(aval) for aval in context.avals_in],
+            avals_out=[untyped(aval) for aval in context.avals_out],
+        )
+        with use_abstract_mesh(automatic):
+            return lower(split)(here, *operands, **parameters)
 
     def cuda(context: Any, *operands: Any, **parameters: Any) -> Any:
         # XLA cannot look into a custom call: in a program that `jit` partitions it would gather x,
         # and each device would quantise all of it. It partitions the jnp version. Inside
         # `shard_map` operands are shards, and the kernel runs.
-        several = getattr(context.module_context.axis_context, "num_devices", 1) > 1
-        if several:
-            return mlir.lower_fun(reference, multiple_results=True)(
-                context, *operands, **parameters
-            )
+        if getattr(context.module_context.axis_context, "num_devices", 1) > 1:
+            return partitioned(context, *operands, **parameters)
         # The program of one device knows no mesh, on which x could not be made a matrix.
         here = context.replace(
             avals_in=[ShapedArray(x.shape, x.dtype) for x in context.avals_in],
@@ -193,7 +254,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
         with no_mesh():
             return mlir.lower_fun(call_target, multiple_results=True)(here, *operands, **parameters)
 
-    mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True), "cpu")
+    mlir.register_lowering(primitive, partitioned, "cpu")
     mlir.register_lowering(primitive, cuda, "cuda")
 
     def differentiate(*_: Any, **__: Any) -> NoReturn:
@@ -205,15 +266,8 @@ def _declare(op: str) -> Callable[..., Arrays]:
     ad.primitive_jvps[primitive] = differentiate
 
     def bind(*operands: jax.Array, **parameters: Any) -> Arrays:
-        # Operands that vary over fewer axes are cast here, outside the primitive.
-        avals = [jax.typeof(operand) for operand in operands]
-        varying = _varying(avals)
-        cast = [
-            jax.lax.pcast(operand, tuple(sorted(missing)), to="varying") if missing else operand
-            for operand, aval in zip(operands, avals, strict=True)
-            for missing in [varying - aval.manual_axis_type.varying]
-        ]
-        return tuple(primitive.bind(*cast, **parameters))
+        refuse_unreduced(op, [jax.typeof(operand) for operand in operands])
+        return tuple(primitive.bind(*cast_alike(operands), **parameters))
 
     def batch(
         operands: Sequence[jax.Array], axes: Sequence[int | None], **parameters: Any
@@ -238,4 +292,4 @@ def _declare(op: str) -> Callable[..., Arrays]:
 
 
 bind: dict[str, Callable[..., Arrays]] = {op: _declare(op) for op in OPS}
-"""For each op (x, *sizes, dtype=, power_of_two=) -> values, scales and perhaps a second pair."""
+"""For each op (x, *sizes, dtype=, power_of_two=, fill=) -> values, scales; perhaps two pairs."""

@@ -140,20 +140,35 @@ def _as_float(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def clear_invalid_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Returns x [..., rows, k] with zeros behind the first sum(sizes) rows, sizes [..., s].
+def valid_rows(rows: int, sizes: jax.Array) -> jax.Array:
+    """Returns bool[..., rows, 1]: which rows are among the first sum(sizes), sizes [..., s].
 
     Negative sizes count as 0, and what exceeds the rows is cut off.
     """
-    rows = x.shape[-2]
-    count = lax.reduce(
-        jnp.clip(sizes, 0, rows).astype(jnp.uint32),
-        np.uint32(0),
-        lambda x, y: jnp.minimum(x + y, np.uint32(rows)),  # which cannot overflow
-        dimensions=(sizes.ndim - 1,),
-    )
-    valid = jnp.arange(rows, dtype=jnp.uint32) < count[..., None]
-    return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
+    counts = jnp.clip(sizes, 0, rows).astype(jnp.uint32)
+    # A plain sum could overflow, and XLA cannot partition a reduction that is none: by halves.
+    while (length := counts.shape[-1]) > 1:
+        counts = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, length % 2)])
+        half = counts.shape[-1] // 2
+        counts = jnp.minimum(counts[..., :half] + counts[..., half:], np.uint32(rows))
+    return (jnp.arange(rows, dtype=jnp.uint32) < counts)[..., None]
+
+
+def clear_invalid_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Returns x [..., rows, k] with zeros in the place of rows that do not count."""
+    return jnp.where(valid_rows(x.shape[-2], sizes), x, jnp.zeros((), x.dtype))
+
+
+def fill_invalid_rows(
+    values: jax.Array, scales: jax.Array, sizes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns both as `quantize_per_token` leaves them: rows that do not count are 0, scaled by 1.
+
+    No bit of the others changes, of a NaN neither.
+    """
+    valid = valid_rows(values.shape[-2], sizes)
+    codes = jnp.where(valid, lax.bitcast_convert_type(values, jnp.uint8), np.uint8(0))
+    return lax.bitcast_convert_type(codes, values.dtype), jnp.where(valid, scales, 1.0)
 
 
 # --- The operations ------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def declare(
     """
     dtype = np.dtype(dtype)
     primitive = Primitive(f"{name}_local")  # what one device computes
-    _give_type(primitive, partitioning, dtype)
+    _give_type(name, primitive, partitioning, dtype)
 
     def cpu(*operands: jax.Array, **_: Any) -> jax.Array:
         return reference(*operands)
@@ -127,10 +127,11 @@ def declare(
     return operation
 
 
-def _give_type(primitive: Primitive, partitioning: Partitioning, dtype: Any) -> None:
+def _give_type(name: str, primitive: Primitive, partitioning: Partitioning, dtype: Any) -> None:
     """Declares how a primitive is evaluated, and the type of its result."""
 
     def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
+        refuse_unreduced(name, operands)
         shape = partitioning.result_shape(operands)
         mesh = get_abstract_mesh()
         if mesh.empty:
@@ -141,7 +142,7 @@ def _give_type(primitive: Primitive, partitioning: Partitioning, dtype: Any) -> 
             shape,
             dtype,
             sharding=NamedSharding(mesh, PartitionSpec(*[None] * len(shape))),
-            manual_axis_type=ManualAxisType(varying=_varying(operands)),
+            manual_axis_type=ManualAxisType(varying=varying_axes(operands)),
         )
 
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
@@ -180,7 +181,7 @@ class Operation:
 
     def here(self, *operands: jax.Array, **parameters: Any) -> jax.Array:
         """On this device, or on each device of a `jax.shard_map`."""
-        output: jax.Array = self._primitive.bind(*_cast_alike(operands), **parameters)
+        output: jax.Array = self._primitive.bind(*cast_alike(operands), **parameters)
         return output
 
     def with_batches(self, batches: Batches) -> Callable[..., jax.Array]:
@@ -219,7 +220,7 @@ class Operation:
         """Returns the function that binds the operation on operands that begin with batches."""
         partitioned = Primitive(self._name)  # with the parameter `call`
         partitioning = self._partitioning.with_batches(batches)
-        _give_type(partitioned, partitioning, self._dtype)
+        _give_type(self._name, partitioned, partitioning, self._dtype)
         self.differentiate_never(partitioned)
         self.batch(partitioned, batches)
 
@@ -256,10 +257,11 @@ class Operation:
                 return bind_here(*operands, **parameters)
             shapes = tuple((operand.shape, operand.dtype) for operand in operands)
             call = call_of(shapes, tuple(sorted(parameters.items())), manual, shardy)
-            output: jax.Array = partitioned.bind(*_cast_alike(operands), call=call, **parameters)
+            output: jax.Array = partitioned.bind(*cast_alike(operands), call=call, **parameters)
             return output
 
         def bind(*operands: jax.Array, **parameters: Any) -> jax.Array:
+            refuse_unreduced(self._name, [jax.typeof(operand) for operand in operands])
             split = partitioning.explicit(bind_splittable, operands, parameters)
             return bind_splittable(*operands, **parameters) if split is None else split
 
@@ -295,17 +297,35 @@ def no_mesh() -> contextlib.AbstractContextManager[Any]:
     return use_abstract_mesh(AbstractMesh((), ()))
 
 
-def _varying(avals: Sequence[Any]) -> frozenset[str]:
+def refuse_unreduced(function: str, avals: Sequence[Any]) -> None:
+    """Raises if a type says that an operand, or its gradient, is yet to be added up over an axis.
+
+    The result's type would not say so, and the numbers would be wrong in silence.
+    """
+    remedies = {"unreduced": "jax.lax.psum it", "reduced": "jax.lax.pcast it to 'varying'"}
+    for aval in avals:
+        for kind, remedy in remedies.items():
+            manual = getattr(aval.manual_axis_type, kind, ())
+            axes = manual or getattr(aval.sharding.spec, kind, ())
+            if axes:
+                raise NotImplementedError(
+                    f"{function}: operands must not be {kind} over a mesh axis, got "
+                    f"{aval.dtype.name}{list(aval.shape)} {kind} over {', '.join(sorted(axes))}: "
+                    f"{remedy if manual else 'jax.sharding.reshard it'} first"
+                )
+
+
+def varying_axes(avals: Sequence[Any]) -> frozenset[str]:
     """The manual mesh axes over which any of the operands varies."""
     return frozenset().union(*(aval.manual_axis_type.varying for aval in avals))
 
 
-def _cast_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
+def cast_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
     """Casts operands that vary over fewer mesh axes than others.
 
     That is done outside the primitive, where the cast's transpose (a psum) belongs.
     """
-    varying = _varying([jax.typeof(operand) for operand in operands])
+    varying = varying_axes([jax.typeof(operand) for operand in operands])
     return [_cast_to_varying(operand, varying) for operand in operands]
 
 

@@ -286,3 +286,28 @@ def test_bad_input_raises_while_tracing(name, shape, dtype, exception):
     )
     with pytest.raises(exception, match=message):
         jax.eval_shape(getattr(quantize, name), jax.ShapeDtypeStruct(shape, dtype))
+
+
+@pytest.mark.parametrize("name", ["quantize_per_token", "silu_mul_quantize"])
+@pytest.mark.parametrize(
+    ("x", "got"),
+    [
+        pytest.param(None, "NoneType", id="none"),
+        pytest.param("x", "str", id="string"),
+        pytest.param({"x": 1.0}, "dict", id="dict"),
+        pytest.param([[1.0, 2.0], [3.0]], "list", id="ragged_list"),
+        pytest.param((np.ones((4, 128)),) * 2, "tuple", id="pair"),
+        pytest.param(np.array([["x"]]), r"str32\[1, 1\]", id="array_of_strings"),
+        pytest.param(np.array([[None]]), r"object\[1, 1\]", id="array_of_objects"),
+    ],
+)
+def test_x_that_is_no_array_of_numbers_raises(name, x, got):
+    message = rf"^{name}: x must be bfloat16, .* or float64 \[\.\.\., m, (k|2f)\], got {got}(\n|$)"
+    with pytest.raises(TypeError, match=message):
+        getattr(quantize, name)(x)
+
+
+def test_no_dtype_raises():
+    message = "^quantize_per_token: dtype must be float8_e4m3fn or float8_e5m2, got None"
+    with pytest.raises(TypeError, match=message):
+        quantize_per_token(np.ones((4, 128), np.float32), dtype=None)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_deepgemm
 from jax_deepgemm import QuantizedArray
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.quantize_reference import exp_negative, silu_mul
+from jax_deepgemm.quantize_reference import exp_negative, fill_invalid_rows, silu_mul
 from tests import quantize_oracle as oracle
 from tests.lowering import cuda_text
 
@@ -168,6 +168,51 @@ def test_vmap_of_sizes_is_more_matrices() -> None:
         text = cuda_text(lambda x, m, axes=axes: jax.vmap(masked, axes)(x, m), *operands)
         assert text.count(f"custom_call @{_native.QUANTIZE_TARGET}(") == 1
         assert "batch = 6 : i64" in text
+
+
+@pytest.mark.parametrize("check", [jax.debug_nans, jax.debug_infs])
+@pytest.mark.parametrize("op", SIZED_OPS)
+@pytest.mark.parametrize("sizes", ["masked_m", "group_sizes"])
+def test_undefined_rows_are_zero_where_values_are_checked(op: str, sizes: str, check: Any) -> None:
+    """They may hold a NaN that JAX would find, and nobody else reads."""
+    x = jnp.ones((3, 5, 256) if sizes == "masked_m" else (15, 256), jnp.bfloat16)
+    counts = np.array([2, 0, 9], np.int32)
+
+    def selects() -> int:
+        text = cuda_text(lambda x, counts: run(op, x, **{sizes: counts}), x, counts)
+        assert text.count(f"custom_call @{_native.QUANTIZE_TARGET}(") == 1
+        return text.count("stablehlo.select")
+
+    assert selects() == 0
+    with check(True):
+        assert selects() == 2  # of values and of scales
+        assert "stablehlo.select" not in cuda_text(lambda x: run(op, x), x)
+        batched = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+        mapped = jax.vmap(lambda x: run(op, x, **{sizes: counts}))
+        assert cuda_text(mapped, batched).count("stablehlo.select") == 2
+
+
+@pytest.mark.parametrize("fp8", oracle.FP8_TYPES)
+def test_filling_rows_changes_no_bit_of_the_others(fp8: str) -> None:
+    codes = np.arange(2 * 4 * 128, dtype=np.uint32).astype(np.uint8).reshape(2, 4, 128)  # all
+    scales = np.full((2, 4, 1), np.nan, np.float32)
+    sizes = np.array([[1, 2], [-1, 0]], np.int32)
+    got = fill_invalid_rows(codes.view(fp8), jnp.asarray(scales), jnp.asarray(sizes))
+    valid = np.array([[True, True, True, False], [False] * 4])[..., None]
+    oracle.assert_same_bits(got[0], np.where(valid, codes, 0).astype(np.uint8).view(fp8))
+    oracle.assert_same_bits(got[1], np.where(valid, scales, np.float32(1)))
+
+
+@pytest.mark.parametrize("op", SIZED_OPS)
+def test_debug_nans(op: str) -> None:
+    x = oracle.inputs("normal", (2, 4, 256), "float32", np.random.default_rng(15))
+    x[0, 3] = np.nan
+    array = jnp.asarray(x)  # which JAX would check, too
+    with jax.debug_nans(True):
+        for function in (run, jax.jit(run, static_argnums=0)):
+            function(op, array, masked_m=np.array([3, 4], np.int32))
+            with pytest.raises(FloatingPointError, match="nan"):
+                function(op, array, masked_m=np.array([4, 4], np.int32))
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -416,3 +461,160 @@ def test_scales_stay_whole_where_shards_cut_blocks(
     x = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec))
     result = jax.eval_shape(getattr(jax_deepgemm, op), x)
     assert result.scales.sharding.spec == expected
+
+
+def assert_bits_of_one_device(op: str, got: Any, x: Any, **options: Any) -> None:
+    wanted = run(op, x, **options)
+    for array, want in zip(jax.tree.leaves(got), wanted, strict=True):
+        oracle.assert_same_bits(array, np.asarray(want))
+
+
+def explicit_mesh(**axes: int) -> Mesh:
+    kinds = (AxisType.Explicit,) * len(axes)
+    devices = jax.devices("cpu")[:8]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
+
+
+K, M, BOTH = P(None, "x"), P("x", None), P("x", "y")  # `x` has four devices and `y` two
+CUT = [  # (op, shape of x, how it is split, how values and scales are)
+    ("quantize_per_token", (16, 256), K, K, P(None, None)),
+    ("quantize_per_token", (16, 584), K, K, P(None, None)),  # 146 a shard
+    ("quantize_per_token", (16, 20), K, K, P(None, None)),
+    ("quantize_per_token", (2, 16, 256), P(None, "y", "x"), P(None, "y", "x"), P(None, "y", None)),
+    ("quantize_per_block", (256, 256), M, M, P(None, None)),
+    ("quantize_per_block", (160, 256), M, M, P(None, None)),
+    ("quantize_per_block", (256, 512), K, K, K),
+    ("quantize_per_block", (128, 256), K, K, P(None, None)),
+    ("quantize_per_block", (256, 512), BOTH, BOTH, P(None, "y")),
+    ("quantize_per_token_transposed", (256, 64), M, K, P(None, None)),
+    ("quantize_per_token_transposed", (584, 64), BOTH, P("y", "x"), P("y", None)),
+    ("quantize_per_token_both", (256, 512), M, M, M),
+    ("quantize_per_token_both", (256, 256), K, K, P(None, None)),
+    ("silu_mul_quantize", (16, 512), K, K, P(None, None)),
+    ("silu_mul_quantize", (16, 1024), K, K, K),
+    ("silu_mul_quantize", (16, 1168), K, K, P(None, None)),
+    ("silu_mul_quantize", (16, 12), K, P(None, None), P(None, None)),  # f is 6, which 4 divide not
+]
+
+
+@pytest.mark.parametrize(("op", "shape", "split", "values", "scales"), CUT, ids=str)
+def test_explicit_shards_that_cut_blocks(
+    op: str, shape: tuple[int, ...], split: P, values: P, scales: P
+) -> None:
+    x = oracle.inputs("mixed", shape, "bfloat16", np.random.default_rng(8))
+    sharded = jax.device_put(x, NamedSharding(explicit_mesh(x=4, y=2), split))
+    for function in (run, jax.jit(run, static_argnums=0)):
+        got = function(op, sharded)
+        assert_bits_of_one_device(op, got, x)
+        assert [jax.typeof(array).sharding.spec for array in got[:2]] == [values, scales]
+    types = jax.eval_shape(lambda x: run(op, x), sharded)
+    assert [array.sharding for array in types] == [jax.typeof(array).sharding for array in got]
+    assert "custom_call @jax_deepgemm" not in cuda_text(lambda x: run(op, x), sharded)
+
+
+COLLECTIVE = re.compile(r"= (?:bf16|f\w+|u\w+)\[([\d,]+)\]\S* (all-[\w-]+|collective-[\w-]+)\(")
+
+
+@pytest.mark.parametrize(
+    ("k", "communicated"),
+    [(512, []), (256, [("16,1", "all-reduce"), ("16,2", "all-gather")])],
+    ids=["whole-blocks", "half-blocks"],
+)
+def test_explicit_shards_exchange_the_largest_magnitudes_alone(
+    k: int, communicated: list[tuple[str, str]]
+) -> None:
+    x = np.ones((16, k), np.float32)
+    sharded = jax.device_put(x, NamedSharding(explicit_mesh(x=4, y=2), K))
+    text = jax.jit(jax_deepgemm.quantize_per_token).lower(sharded).compile().as_text()
+    assert COLLECTIVE.findall(text) == communicated
+
+
+def test_explicit_vmap_where_shards_cut_blocks() -> None:
+    x = oracle.inputs("mixed", (4, 288, 16), "bfloat16", np.random.default_rng(9))
+    mesh = explicit_mesh(x=4, y=2)
+    sharded = jax.device_put(x, NamedSharding(mesh, P("x", "y")))
+
+    def function(x: Any) -> list[jax.Array]:
+        return run("quantize_per_token_transposed", x)
+
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.vmap(function))(sharded)
+    assert_bits_of_one_device("quantize_per_token_transposed", got, x)
+    assert jax.typeof(got[0]).sharding.spec == P("x", None, "y")
+
+
+def test_shard_map_over_some_axes_where_shards_cut_blocks() -> None:
+    x = oracle.inputs("mixed", (16, 288), "bfloat16", np.random.default_rng(10))
+    mesh = explicit_mesh(x=4, y=2)
+    mapped = jax.shard_map(
+        lambda x: run("quantize_per_token", x),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=P("x"),
+        axis_names={"x"},
+    )
+    got = jax.jit(mapped)(jax.device_put(x, NamedSharding(mesh, P("x", "y"))))
+    assert_bits_of_one_device("quantize_per_token", got, x)
+    assert [jax.typeof(array).sharding.spec for array in got] == [P("x", "y"), P("x", None)]
+
+
+def test_auto_axis_beside_an_explicit_one() -> None:
+    x = oracle.inputs("mixed", (16, 256), "bfloat16", np.random.default_rng(11))
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=kinds, devices=jax.devices("cpu")[:8])
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("y", "x")))
+        got = jax.jit(lambda x: run("quantize_per_token", x))(sharded)
+    assert_bits_of_one_device("quantize_per_token", got, x)
+    # What the automatic axis splits stays split.
+    assert [array.sharding.shard_shape(array.shape) for array in got] == [(8, 64), (8, 2)]
+
+
+@pytest.mark.parametrize("op", SIZED_OPS)
+@pytest.mark.parametrize(
+    ("split", "split_sizes"),
+    [
+        (P("x"), P("x")),
+        (P(("x", "y")), P("x")),
+        (P("y", "x"), P("x")),
+        (P("x", None, "y"), P()),
+        (None, P("x")),
+    ],
+    ids=str,
+)
+def test_explicit_types_of_masked_m(op: str, split: P | None, split_sizes: P) -> None:
+    x = oracle.inputs("mixed", (8, 8, 256), "bfloat16", np.random.default_rng(12))
+    counts = np.array([3, 0, 8, 9, -1, 5, 6, 7], np.int32)
+    mesh = explicit_mesh(x=4, y=2)
+    operands = (
+        x if split is None else jax.device_put(x, NamedSharding(mesh, split)),
+        jax.device_put(counts, NamedSharding(mesh, split_sizes)),
+    )
+    got = jax.jit(lambda x, masked_m: run(op, x, masked_m=masked_m))(*operands)
+    assert_bits_of_one_device(op, got, x, masked_m=counts)
+
+
+@pytest.mark.parametrize("op", SIZED_OPS)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_group_sizes_may_be_split(op: str, kind: AxisType) -> None:
+    x = oracle.inputs("mixed", (32, 256), "bfloat16", np.random.default_rng(13))
+    sizes = np.array([3, 0, 8, 9, -1, 5, 0, 2], np.int32)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,), devices=jax.devices("cpu")[:8])
+    operands = [jax.device_put(array, NamedSharding(mesh, P("x"))) for array in (x, sizes)]
+    got = jax.jit(lambda x, sizes: run(op, x, group_sizes=sizes))(*operands)
+    assert_bits_of_one_device(op, got, x, group_sizes=sizes)
+
+
+def test_gemm_of_explicit_shards_that_cut_blocks() -> None:
+    rng = np.random.default_rng(14)
+    x, w = (oracle.inputs("normal", (rows, 256), "bfloat16", rng) for rows in (16, 64))
+
+    def linear(x: Any, w: Any) -> jax.Array:
+        lhs, rhs = jax_deepgemm.quantize_per_token(x), jax_deepgemm.quantize_per_block(w)
+        return jax_deepgemm.gemm_fp8_fp8_bf16_nt(lhs, rhs)
+
+    sharding = NamedSharding(explicit_mesh(x=4, y=2), K)
+    got = jax.jit(linear)(*(jax.device_put(array, sharding) for array in (x, w)))
+    # Parts of the sum over k are rounded to bfloat16.
+    wanted = np.asarray(linear(x, w), np.float32)
+    assert np.abs(np.asarray(got, np.float32) - wanted).max() < 2**-7 * np.abs(wanted).max()

@@ -848,6 +848,76 @@ def test_shard_map_lowers_without_devices(op: str, manual: str) -> None:
     assert len(cuda_calls(cuda_text(mapped, *shapes))) == 1
 
 
+# --- Types that say of a sum that it is yet to be taken ------------------------------------------
+
+
+def quantize_flat(x: Any) -> list[jax.Array]:
+    return jax.tree.leaves(jax_deepgemm.quantize_per_token(x))
+
+
+@pytest.mark.parametrize("index", range(4), ids=["a", "sfa", "b", "sfb"])
+@pytest.mark.parametrize(
+    ("kind", "spec", "remedy"),
+    [
+        ("unreduced", P("x"), r"jax\.lax\.psum it first"),
+        ("reduced", P(), r"jax\.lax\.pcast it to 'varying' first"),
+    ],
+    ids=["unreduced", "reduced"],
+)
+def test_shard_map_refuses_unreduced_operands(
+    kind: str, spec: PartitionSpec, remedy: str, index: int
+) -> None:
+    """Their result would be one shard's term of the sum, and replicated by its type."""
+    case = make("dense", 64, 256, 256)
+
+    def function(*operands: jax.Array) -> Any:
+        cast = list(operands)
+        cast[index] = jax.lax.pcast(cast[index], "x", to=kind)
+        return case.function(*cast)
+
+    specs = [P()] * 4
+    specs[index] = spec
+    operands = list(case.operands)
+    if kind == "unreduced":
+        operands[index] = np.concatenate([operands[index]] * 4)
+    mapped = jax.shard_map(function, mesh=mesh_of(x=4), in_specs=tuple(specs), out_specs=P())
+    shape = re.escape(f"{case.operands[index].dtype}{list(case.operands[index].shape)}")
+    message = rf"gemm_fp8_fp8_bf16_nt: operands must not be {kind} .* got {shape}.* x: {remedy}"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(mapped, *operands)
+
+
+@pytest.mark.parametrize(("kind", "spec"), [("unreduced", P("x")), ("reduced", P())])
+def test_shard_map_refuses_to_quantize_unreduced_arrays(kind: str, spec: PartitionSpec) -> None:
+    def function(x: jax.Array) -> Any:
+        return quantize_flat(jax.lax.pcast(x, "x", to=kind))
+
+    mapped = jax.shard_map(function, mesh=mesh_of(x=4), in_specs=spec, out_specs=P())
+    message = rf"quantize_per_token: operands must not be {kind} .* got float32\[\d+, 128\] {kind}"
+    with pytest.raises(NotImplementedError, match=message):
+        jax.jit(mapped)(np.ones((64, 128), np.float32))
+
+
+@pytest.mark.parametrize("kind", ["unreduced", "reduced"])
+def test_explicit_types_of_unreduced_operands_are_refused(kind: str) -> None:
+    case = make("dense", 64, 256, 256)
+    mesh = mesh_of(AxisType.Explicit, x=4)
+    split = P(None, None, **{kind: {"x"}})
+
+    def typed(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, split))
+
+    a, sfa, b, sfb = case.operands
+    for function, operands in (
+        (case.function, (typed(a), sfa, b, sfb)),
+        (case.function, (a, sfa, b, typed(sfb))),
+        (quantize_flat, (typed(np.ones((64, 128), np.float32)),)),
+    ):
+        message = rf"must not be {kind} over a mesh axis, got .* x: jax\.sharding\.reshard it first"
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(function, *operands)
+
+
 def quantized_linear(x: jax.Array, w: jax.Array) -> jax.Array:
     lhs = jax_deepgemm.quantize_per_token(x)
     rhs = jax_deepgemm.quantize_per_block(w)
