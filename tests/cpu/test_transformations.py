@@ -16,6 +16,7 @@ import pytest
 from jax import lax
 
 import jax_deepgemm
+from jax_deepgemm import grouped
 from tests import grouped_cases, numerics
 from tests.lowering import cuda_calls, cuda_text, problem_of
 
@@ -113,6 +114,25 @@ def test_cond(operation: Operation, taken: bool) -> None:
     )(taken, *lhs)
     expected = np.asarray(function(*lhs))
     assert bits(d) == bits(expected if taken else np.zeros_like(expected))
+
+
+@pytest.mark.parametrize("device", [0, 3])
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_copied_from_the_host(op: str, device: int) -> None:
+    """Nor from another device, where the operands are on one that is not the default one."""
+    function, operands = all_operands(op)
+    arrays = jax.device_put(operands, jax.devices("cpu")[device])
+    with jax.transfer_guard("disallow"):
+        for call in (function, jax.jit(function)):
+            assert call(*arrays).devices() == {jax.devices("cpu")[device]}
+
+
+def test_default_offset_is_a_constant() -> None:
+    """In a program nothing is computed for it, of group sizes or of anything else."""
+    sizes = jnp.ones(3, jnp.int32)
+    text = jax.jit(lambda sizes: grouped._offset(None, sizes)).lower(sizes).compile().as_text()
+    assert text is not None
+    assert "s32[1]{0} constant({0})" in text and "parameter(" not in text
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
