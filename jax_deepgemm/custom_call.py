@@ -49,20 +49,12 @@ def declare_gemm(
     def result(a: Any, sfa: Any, b: Any, *_: Any) -> tuple[tuple[int, ...], Any]:
         return (*a.shape[:-1], b.shape[-2]), jnp.bfloat16
 
-    def attributes(
-        a: Any,
-        sfa: Any,
-        b: Any,
-        *_: Any,
-        config: GemmConfig | None,
-        num_sms: int,
-        expected_m: int,
-        batch_invariant: bool,
-        fill_zero: bool = False,
-    ) -> dict[str, int]:
+    def problem_of(
+        a: Any, b: Any, *, num_sms: int, expected_m: int, batch_invariant: bool
+    ) -> Problem:
         *rows, k = a.shape
         *groups, n, _k = b.shape
-        problem = Problem(
+        return Problem(
             op=OPS.index(op),
             num_groups=math.prod(groups),
             m=math.prod(rows),
@@ -74,6 +66,17 @@ def declare_gemm(
             b_type=FP8_TYPES.index(b.dtype.name),
             batch_invariant=batch_invariant,
         )
+
+    def attributes(
+        a: Any,
+        sfa: Any,
+        b: Any,
+        *_: Any,
+        config: GemmConfig | None,
+        fill_zero: bool = False,
+        **parameters: Any,
+    ) -> dict[str, int]:
+        problem = problem_of(a, b, **parameters)
         # A configuration of zeros: the device that the call runs on selects one.
         names = GemmConfig.__dataclass_fields__
         fields = config.fields if config else (0,) * len(names)
@@ -85,12 +88,31 @@ def declare_gemm(
             **dict(zip(names, fields, strict=True)),
         }
 
+    def check(a: Any, b: Any, parameters: dict[str, Any]) -> None:
+        """Raises if the caller's configuration is none for one device's part of the operation."""
+        config = parameters["config"]
+        if config is None:
+            return
+        problem = problem_of(
+            a,
+            b,
+            num_sms=parameters["num_sms"] or H100_SMS,
+            expected_m=parameters["expected_m"],
+            batch_invariant=parameters["batch_invariant"],
+        )
+        try:
+            check_config(name, problem, config)
+        except ValueError as error:
+            part = f"m = {problem.m}, n = {problem.n}, k = {problem.k}"
+            raise ValueError(f"{error}: {config}, on one device's {part}") from None
+
     def prepare(
         a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array, *arrays: jax.Array
     ) -> Sequence[jax.Array]:
         matrices = (x.reshape(-1, x.shape[-1]) for x in (a, sfa, b, sfb))
         return (*matrices, *assign(math.prod(b.shape[:-2]), *arrays))
 
+    partitioning = partitioning._replace(check=check)
     return declare(
         name,
         target=_native.GEMM_TARGET,
