@@ -23,7 +23,7 @@ from jax.sharding import ManualAxisType, NamedSharding, PartitionSpec
 
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import no_mesh
+from jax_deepgemm.ffi.primitive import no_lowering, no_mesh
 from jax_deepgemm.reference import BLOCK
 
 Shape = tuple[int, ...]
@@ -195,6 +195,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
 
     mlir.register_lowering(primitive, mlir.lower_fun(reference, multiple_results=True), "cpu")
     mlir.register_lowering(primitive, cuda, "cuda")
+    mlir.register_lowering(primitive, no_lowering(op))
 
     def differentiate(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(

@@ -135,6 +135,62 @@ def test_default_offset_is_a_constant() -> None:
     assert "s32[1]{0} constant({0})" in text and "parameter(" not in text
 
 
+QUANTIZERS = (
+    "quantize_per_token",
+    "quantize_per_block",
+    "quantize_per_token_transposed",
+    "quantize_per_token_both",
+    "silu_mul_quantize",
+)
+SIZES = {"masked_m": [3, 13], "group_sizes": [3, 4, 2]}
+# What computes in this package; after a hyphen the argument that says which rows count.
+PUBLIC = (
+    *OPS,
+    *QUANTIZERS,
+    *(f"{name}-{sizes}" for name in (QUANTIZERS[0], QUANTIZERS[-1]) for sizes in SIZES),
+    "Linear",
+    "dequantize",
+    "get_col_major_tma_aligned_tensor",
+)
+
+
+def public(name: str) -> tuple[Callable[..., Any], list[Any]]:
+    """One of PUBLIC as a function of arrays, and these."""
+    x = np.ones((2, 13, 144), np.float32)
+    if name in OPS:
+        return all_operands(name)
+    if name == "Linear":
+        layer = jax_deepgemm.Linear.quantize(x[0, :8], np.ones(8, np.float32))
+        return lambda layer, x: layer(x), [layer, x]
+    if name == "dequantize":
+        pairs = jax_deepgemm.quantize_per_token(x), jax_deepgemm.quantize_per_block(x)
+        return lambda *pairs: list(map(jax_deepgemm.dequantize, pairs)), list(pairs)
+    name, *sizes = name.split("-")
+    function = getattr(jax_deepgemm, name)
+    if not sizes:
+        return function, [x]
+    numbers = np.array(SIZES[sizes[0]], np.int32)
+    matrices = x if sizes == ["masked_m"] else x[0]
+    return lambda x, numbers: function(x, **{sizes[0]: numbers}), [matrices, numbers]
+
+
+@pytest.mark.parametrize("platform", ["rocm", "tpu"])
+@pytest.mark.parametrize("name", [*OPS, *QUANTIZERS])
+def test_other_platforms_are_refused(name: str, platform: str) -> None:
+    """By the name of the operation, and not of a primitive."""
+    function, arguments = public(name)
+    traced = jax.jit(function).trace(*arguments)
+    names = {op: grouped_cases.name_of(op) for op in grouped_cases.OPS}
+    names["dense"] = "gemm_fp8_fp8_bf16_nt"
+    message = (
+        f"{names.get(name, name)}: it exists for CPUs (platform cpu) and for Hopper GPUs (platform "
+        f"cuda, sm_90), and not for {platform}"
+    )
+    for platforms in ((platform,), ("cpu", "cuda", platform)):
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+            traced.lower(lowering_platforms=platforms)
+
+
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 @pytest.mark.parametrize("op", OPS)
 def test_donated_arguments(op: str) -> None:
