@@ -51,7 +51,8 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
             raise TypeError(f"linear: bias must be floating point [{n}], got {describe(bias)}")
         if bias.shape != (n,):
             raise ValueError(f"linear: bias must be [{n}] (n), got {describe(bias)}")
-        d = (d.astype(jnp.float32) + bias.astype(jnp.float32)).astype(jnp.bfloat16)
+        # As one row: JAX may be told to refuse arrays of fewer dimensions.
+        d = (d.astype(jnp.float32) + bias.astype(jnp.float32)[None]).astype(jnp.bfloat16)
     return d.reshape(*batch, n)
 
 

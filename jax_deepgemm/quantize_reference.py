@@ -152,7 +152,8 @@ def clear_invalid_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
         lambda x, y: jnp.minimum(x + y, np.uint32(rows)),  # which cannot overflow
         dimensions=(sizes.ndim - 1,),
     )
-    valid = jnp.arange(rows, dtype=jnp.uint32) < count[..., None]
+    row = jnp.expand_dims(jnp.arange(rows, dtype=jnp.uint32), tuple(range(count.ndim)))
+    valid = row < count[..., None]
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 

@@ -383,6 +383,17 @@ def test_bad_values_stay_in_their_row_where_shards_cut_blocks() -> None:
         assert numerics.error(d[1:], np.asarray(clean)[1:]) < numerics.BF16_TOLERANCE
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_rank_promotion_is_never_needed(op: str, kind: AxisType) -> None:
+    """Nor by a device for its part of the rows, of the groups or of what it sums."""
+    case = make(op, ROWS[op], 192, 656)
+    mesh = mesh_of(kind, x=4, y=2)
+    with jax.numpy_rank_promotion("raise"):
+        for plan in ({"m": "x", "k": "y"}, {"n": "x", "m" if op == "dense" else "g": "y"}):
+            case.check(jax.jit(case.function)(*case.put(mesh, plan)))
+
+
 @pytest.mark.parametrize("op", DIMENSIONS)
 def test_sizes_that_do_not_divide_stay_whole(op: str) -> None:
     """XLA would pad a shard; here the dimension is computed on every device."""

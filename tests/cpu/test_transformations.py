@@ -174,6 +174,19 @@ def public(name: str) -> tuple[Callable[..., Any], list[Any]]:
     return lambda x, numbers: function(x, **{sizes[0]: numbers}), [matrices, numbers]
 
 
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rank_promotion_is_never_needed(name: str) -> None:
+    """Programs that forbid it run: op by op, jitted, for CUDA and batched."""
+    function, arguments = public(name)
+    batched = jax.tree.map(lambda x: np.stack([x, x]), arguments)
+    with jax.numpy_rank_promotion("raise"):
+        jax.block_until_ready(function(*arguments))
+        jax.block_until_ready(jax.jit(function)(*arguments))
+        cuda_text(function, *arguments)
+        if name != "ragged":  # which takes no batch
+            jax.block_until_ready(jax.jit(jax.vmap(function))(*batched))
+
+
 @pytest.mark.parametrize("platform", ["rocm", "tpu"])
 @pytest.mark.parametrize("name", [*OPS, *QUANTIZERS])
 def test_other_platforms_are_refused(name: str, platform: str) -> None:
