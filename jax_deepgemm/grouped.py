@@ -11,7 +11,7 @@ Indices, counts and sizes live on the device: no kernel is compiled for them, an
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -246,7 +246,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     lhs: Operand,
     rhs: Operand,
     masked_m: ArrayLike,
-    expected_m: int,
+    expected_m: SupportsIndex,
     *,
     fill: Literal["undefined", "zero"] = "undefined",
     config: GemmConfig | None = None,

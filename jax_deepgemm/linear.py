@@ -1,16 +1,18 @@
 """A linear layer for inference: bfloat16 in, FP8 in between, bfloat16 out."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import ArrayLike
 
 from jax_deepgemm.arguments import is_array
 from jax_deepgemm.gemm import gemm_fp8_fp8_bf16_nt
 from jax_deepgemm.operands import Operand, describe
 from jax_deepgemm.quantize import quantize_per_block, quantize_per_token
+from jax_deepgemm.quantized_array import QuantizedArray
 
 
 def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.Array:
@@ -67,8 +69,8 @@ class Linear(NamedTuple):
         bias: floating point [n], or None.
     """
 
-    weight: Any
-    bias: Any = None
+    weight: QuantizedArray
+    bias: ArrayLike | None = None
 
     @classmethod
     def quantize(
@@ -80,3 +82,7 @@ class Linear(NamedTuple):
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Returns bfloat16[..., n] of x [..., k]; see `linear`."""
         return linear(x, self.weight, self.bias)
+
+
+# Exported functions that take one can be saved. The name stands in files.
+export.register_namedtuple_serialization(Linear, serialized_name="jax_deepgemm.Linear")
