@@ -291,7 +291,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
         _MASKED, lhs, rhs, rows=("num_groups", "max_m"), groups=("num_groups",)
     )
     counts = check_integers(_MASKED, "masked_m", masked_m, ("num_groups",), sizes)
-    if fill not in _FILLS:
+    if not isinstance(fill, str) or fill not in _FILLS:
         raise ValueError(f"{_MASKED}: fill must be one of {', '.join(_FILLS)}, got {fill!r}")
     expected_m = integer(_MASKED, "expected_m", expected_m, bits=64)
     parameters = options(
