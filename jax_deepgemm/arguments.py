@@ -3,6 +3,8 @@
 import operator
 from typing import Any
 
+import jax
+
 H100_SMS = 132  # streaming multiprocessors of an H100 or H200 SXM module
 H100_MEMORY_GBS = 3352  # peak rate of an H100 SXM's memory, GB/s; an H200's is 4916
 
@@ -31,7 +33,8 @@ def integer(function: str, argument: str, value: Any, *, bits: int) -> int:
 
 def is_array(value: Any) -> bool:
     """Whether value is an array of JAX or NumPy, or a tracer of one; numbers and lists are none."""
-    if isinstance(value, tuple):  # a QuantizedArray has both, too
+    # A QuantizedArray has both, too, and so has what only says how an array would look.
+    if isinstance(value, tuple | jax.ShapeDtypeStruct):
         return False
     return hasattr(value, "dtype") and hasattr(value, "shape")
 

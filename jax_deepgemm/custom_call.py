@@ -17,7 +17,7 @@ from jax_deepgemm.config import FP8_TYPES, OPS, GemmConfig, Problem, check_confi
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import Batching, Operation, declare
-from jax_deepgemm.operands import Sizes
+from jax_deepgemm.operands import Sizes, check_static
 from jax_deepgemm.partitioning import Partitioning
 
 
@@ -46,20 +46,12 @@ def declare_gemm(
         assign: (number of groups, *operands behind the matrices) -> these arrays.
     """
 
-    def attributes(
-        a: Any,
-        sfa: Any,
-        b: Any,
-        *_: Any,
-        config: GemmConfig | None,
-        num_sms: int,
-        expected_m: int,
-        batch_invariant: bool,
-        fill_zero: bool = False,
-    ) -> dict[str, int]:
+    def problem_of(
+        a: Any, b: Any, *, num_sms: int, expected_m: int, batch_invariant: bool
+    ) -> Problem:
         *rows, k = a.shape
         *groups, n, _k = b.shape
-        problem = Problem(
+        return Problem(
             op=OPS.index(op),
             num_groups=math.prod(groups),
             m=math.prod(rows),
@@ -71,6 +63,17 @@ def declare_gemm(
             b_type=FP8_TYPES.index(b.dtype.name),
             batch_invariant=batch_invariant,
         )
+
+    def attributes(
+        a: Any,
+        sfa: Any,
+        b: Any,
+        *_: Any,
+        config: GemmConfig | None,
+        fill_zero: bool = False,
+        **parameters: Any,
+    ) -> dict[str, int]:
+        problem = problem_of(a, b, **parameters)
         # A configuration of zeros: the device that the call runs on selects one.
         names = GemmConfig.__dataclass_fields__
         fields = config.fields if config else (0,) * len(names)
@@ -82,12 +85,31 @@ def declare_gemm(
             **dict(zip(names, fields, strict=True)),
         }
 
+    def check(a: Any, b: Any, parameters: dict[str, Any]) -> None:
+        """Raises if the caller's configuration is none for one device's part of the operation."""
+        config = parameters["config"]
+        if config is None:
+            return
+        problem = problem_of(
+            a,
+            b,
+            num_sms=parameters["num_sms"] or H100_SMS,
+            expected_m=parameters["expected_m"],
+            batch_invariant=parameters["batch_invariant"],
+        )
+        try:
+            check_config(name, problem, config)
+        except ValueError as error:
+            part = f"m = {problem.m}, n = {problem.n}, k = {problem.k}"
+            raise ValueError(f"{error}: {config}, on one device's {part}") from None
+
     def prepare(
         a: jax.Array, sfa: jax.Array, b: jax.Array, sfb: jax.Array, *arrays: jax.Array
     ) -> Sequence[jax.Array]:
         matrices = (x.reshape(-1, x.shape[-1]) for x in (a, sfa, b, sfb))
         return (*matrices, *assign(math.prod(b.shape[:-2]), *arrays))
 
+    partitioning = partitioning._replace(check=check)
     return declare(
         name,
         target=_native.GEMM_TARGET,
@@ -121,6 +143,7 @@ def options(
         expected_m: the hint of the masked operation.
         batch_invariant: whether the kernel is to be one whose results do not depend on m.
     """
+    check_static(function, **sizes)  # a batch may not be
     num_groups = sizes.get("num_groups", 1)
     num_sms = num_sms_limit()
     problem = check_problem(

@@ -9,8 +9,9 @@ Each multiplies every row of A by one of several weight matrices, and says in it
 Indices, counts and sizes live on the device: no kernel is compiled for them, and nothing waits.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -264,7 +265,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     lhs: Operand,
     rhs: Operand,
     masked_m: ArrayLike,
-    expected_m: int,
+    expected_m: SupportsIndex,
     *,
     fill: Literal["undefined", "zero"] = "undefined",
     config: GemmConfig | None = None,
@@ -309,7 +310,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
         _MASKED, lhs, rhs, rows=("num_groups", "max_m"), groups=("num_groups",)
     )
     counts = check_integers(_MASKED, "masked_m", masked_m, ("num_groups",), sizes)
-    if fill not in _FILLS:
+    if not isinstance(fill, str) or fill not in _FILLS:
         raise ValueError(f"{_MASKED}: fill must be one of {', '.join(_FILLS)}, got {fill!r}")
     expected_m = integer(_MASKED, "expected_m", expected_m, bits=64)
     parameters = options(
@@ -374,13 +375,23 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
             f"{_RAGGED}: group_sizes must have at least the {sizes['num_groups']} groups of b, "
             f"got {describe(group_sizes)}"
         )
-    offset = _offset(0 if group_offset is None else group_offset)
+    offset = _offset(group_offset, group_sizes)
     parameters = options(_RAGGED, "ragged", sizes, config, batch_invariant=batch_invariant)
     return _ragged(*operands, group_sizes, offset, **parameters)
 
 
-def _offset(group_offset: Any) -> jax.Array:
+@functools.partial(jax.jit, keep_unused=True)
+def _zero(like: jax.Array) -> jax.Array:
+    return jnp.zeros(1, jnp.int32)
+
+
+def _offset(group_offset: Any, group_sizes: jax.Array) -> jax.Array:
     """Returns the offset as int32[1], as the custom call takes it."""
+    if group_offset is None:
+        # A program's constant, on the devices of the sizes: nothing is copied from the host, where
+        # operations run one by one, and XLA folds it in a larger program.
+        zero: jax.Array = _zero(group_sizes)
+        return zero
     if not is_array(group_offset):
         number = integer(_RAGGED, "group_offset", group_offset, bits=32)
         return jnp.asarray([number], jnp.int32)

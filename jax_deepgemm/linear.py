@@ -1,15 +1,17 @@
 """A linear layer for inference: bfloat16 in, FP8 in between, bfloat16 out."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jax.typing import ArrayLike
 
 from jax_deepgemm.arguments import is_array
 from jax_deepgemm.gemm import gemm_fp8_fp8_bf16_nt
 from jax_deepgemm.operands import Operand, describe
 from jax_deepgemm.quantize import quantize_per_block, quantize_per_token
+from jax_deepgemm.quantized_array import QuantizedArray
 
 
 def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.Array:
@@ -51,7 +53,9 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
             raise TypeError(f"linear: bias must be floating point [{n}], got {describe(bias)}")
         if bias.shape != (n,):
             raise ValueError(f"linear: bias must be [{n}] (n), got {describe(bias)}")
-        d = (d.astype(jnp.float32) + bias.astype(jnp.float32)).astype(jnp.bfloat16)
+        # With as many dimensions: JAX may be told to refuse arrays of fewer.
+        bias = jnp.expand_dims(bias.astype(jnp.float32), range(d.ndim - 1))
+        d = (d.astype(jnp.float32) + bias).astype(jnp.bfloat16)
     return d.reshape(n) if x.ndim == 1 else d
 
 
@@ -66,8 +70,8 @@ class Linear(NamedTuple):
         bias: floating point [n], or None.
     """
 
-    weight: Any
-    bias: Any = None
+    weight: QuantizedArray
+    bias: ArrayLike | None = None
 
     @classmethod
     def quantize(
@@ -79,3 +83,7 @@ class Linear(NamedTuple):
     def __call__(self, x: ArrayLike) -> jax.Array:
         """Returns bfloat16[..., n] of x [..., k]; see `linear`."""
         return linear(x, self.weight, self.bias)
+
+
+# Exported functions that take one can be saved. The name stands in files.
+export.register_namedtuple_serialization(Linear, serialized_name="jax_deepgemm.Linear")

@@ -107,6 +107,14 @@ def localize_nothing(
     return arrays, parameters
 
 
+Check = Callable[[jax.Array, jax.Array, dict[str, Any]], None]
+"""(a, b, parameters), one device's: raises if the caller's configuration is none for them."""
+
+
+def check_nothing(a: jax.Array, b: jax.Array, parameters: dict[str, Any]) -> None:
+    """The rule where any kernel will do."""
+
+
 def dimension_sizes(dimensions: Dimensions, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
     """The size of each dimension of the operands."""
     return {
@@ -281,6 +289,7 @@ def compute(
     mesh_shape: Mapping[str, int],
     operands: Sequence[jax.Array],
     parameters: dict[str, Any],
+    check: Check = check_nothing,
 ) -> jax.Array:
     """Computes one device's part of the result, inside a program that runs on all devices.
 
@@ -293,6 +302,7 @@ def compute(
         mesh_shape: of the mesh.
         operands: this device's, split as `operand_specs` says.
         parameters: of the operation as a whole.
+        check: whether there is a kernel for the part.
     """
     a, sfa, b, sfb, *arrays = operands
     single = [name for name in plan if len(name) == 1]  # no sum over one that splits another
@@ -308,6 +318,7 @@ def compute(
     first_column = None
     if "n" in shard.starts and local["n"] % BLOCK:
         b, sfb, first_column = _place(b, sfb, shard.starts["n"], b.ndim - 2)
+    check(a, b, parameters)
     d = function(a, sfa, b, sfb, *assignment, **parameters)
     if first_column is not None:
         d = lax.dynamic_slice_in_dim(d, first_column, local["n"], axis=d.ndim - 1)
@@ -380,16 +391,20 @@ class Partitioning(NamedTuple):
         dimensions: of its arrays.
         localize: what becomes of the arrays that assign rows to groups.
         m_unit: rows are split in multiples of it.
+        check: whether there is a kernel for one device's part.
     """
 
     function: str
     dimensions: Dimensions
     localize: Localize = localize_nothing
     m_unit: int = 1
+    check: Check = check_nothing
 
     def with_batches(self, batches: Batches) -> "Partitioning":
         """The same for operands and a result that begin with batches."""
-        return self._replace(dimensions=self.dimensions.with_batches(batches))
+        # One device's part of a batch is checked when it is folded.
+        check = check_nothing if batches else self.check
+        return self._replace(dimensions=self.dimensions.with_batches(batches), check=check)
 
     def result_shape(self, operands: Sequence[Any]) -> tuple[int, ...]:
         """Shape of the result of these operands."""
@@ -453,6 +468,7 @@ class Partitioning(NamedTuple):
                         split.shape,
                         operands[:-1],
                         parameters,
+                        self.check,
                     )
 
             specs = operand_specs(self.dimensions, plan, sizes, split.shape)
@@ -549,6 +565,7 @@ def _explicit_call(
             mesh.shape,
             shards,
             dict(parameters),
+            partitioning.check,
         )
 
     split = jax.shard_map(

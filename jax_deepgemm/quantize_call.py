@@ -30,7 +30,13 @@ from jax.sharding import (
 
 from jax_deepgemm import quantize_reference
 from jax_deepgemm.ffi import _native
-from jax_deepgemm.ffi.primitive import cast_alike, no_mesh, refuse_unreduced, varying_axes
+from jax_deepgemm.ffi.primitive import (
+    cast_alike,
+    no_lowering,
+    no_mesh,
+    refuse_unreduced,
+    varying_axes,
+)
 from jax_deepgemm.reference import BLOCK
 
 Shape = tuple[int, ...]
@@ -256,6 +262,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
 
     mlir.register_lowering(primitive, partitioned, "cpu")
     mlir.register_lowering(primitive, cuda, "cuda")
+    mlir.register_lowering(primitive, no_lowering(op))
 
     def differentiate(*_: Any, **__: Any) -> NoReturn:
         raise NotImplementedError(

@@ -151,7 +151,8 @@ def valid_rows(rows: int, sizes: jax.Array) -> jax.Array:
         counts = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, length % 2)])
         half = counts.shape[-1] // 2
         counts = jnp.minimum(counts[..., :half] + counts[..., half:], np.uint32(rows))
-    return (jnp.arange(rows, dtype=jnp.uint32) < counts)[..., None]
+    row = jnp.expand_dims(jnp.arange(rows, dtype=jnp.uint32), range(counts.ndim - 1))
+    return (row < counts)[..., None]
 
 
 def clear_invalid_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -203,7 +203,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
     m = a.shape[0]
     row = jnp.arange(m, dtype=jnp.uint32)[:, None]
     # As many groups end at or before the row.
-    group = jnp.sum(group_ends(group_sizes, m) <= row, axis=1, dtype=jnp.int32)
+    group = jnp.sum(group_ends(group_sizes, m)[None] <= row, axis=1, dtype=jnp.int32)
     # The difference overflows only where it is far out of range, and stays out of range.
     held = jnp.where(group < group_sizes.shape[0], group - group_offset, -1)
     return m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(a, sfa, b, sfb, held)

@@ -121,6 +121,7 @@ def declare(
 
     mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
     mlir.register_lowering(primitive, mlir.lower_fun(cuda, multiple_results=False), platform="cuda")
+    mlir.register_lowering(primitive, no_lowering(name))
     operation = Operation(name, primitive, dtype, batching, partitioning)
     operation.differentiate_never(primitive)
     operation.batch(primitive, ())
@@ -290,6 +291,20 @@ class Operation:
 
         mlir.register_lowering(partitioned, lower)
         return bind
+
+
+def no_lowering(name: str) -> Callable[..., NoReturn]:
+    """The lowering of an operation for all platforms but those that it exists for: it raises."""
+
+    def lower(context: Any, *_: Any, **__: Any) -> NoReturn:
+        platforms = context.platforms or context.module_context.platforms
+        others = [platform for platform in platforms if platform not in ("cpu", "cuda")]
+        raise NotImplementedError(
+            f"{name}: it exists for CPUs (platform cpu) and for Hopper GPUs (platform cuda, "
+            f"sm_90), and not for {', '.join(others)}"
+        )
+
+    return lower
 
 
 def no_mesh() -> contextlib.AbstractContextManager[Any]:

@@ -69,6 +69,18 @@ def test_export_carries_every_attribute() -> None:
     )
 
 
+@pytest.mark.parametrize("bias", [None, np.ones(136, np.float32)], ids=["plain", "bias"])
+def test_export_of_a_layer_as_argument(bias: Any) -> None:
+    pytest.importorskip("flatbuffers", reason="jax.export saves through flatbuffers")
+    rng = np.random.default_rng(0)
+    layer = jax_deepgemm.Linear.quantize(rng.standard_normal((136, 272), np.float32), bias)
+    x = rng.standard_normal((3, 272), np.float32)
+    saved = export.export(jax.jit(lambda layer, x: (layer, layer(x))))(layer, x).serialize()
+    same, y = export.deserialize(saved).call(layer, x)
+    assert isinstance(same, jax_deepgemm.Linear)
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(layer(x)))
+
+
 def test_export_of_a_sharded_program() -> None:
     """Under `jax.shard_map`; one that XLA partitions has a callback into this process."""
     devices = jax.devices("cpu")

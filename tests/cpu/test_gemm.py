@@ -288,6 +288,7 @@ BAD_PAIRS = {
     "of-numbers": ((1.0, np.zeros(1)), "arrays, got float"),
     "of-lists": ((np.zeros(1), [1.0]), "arrays, got list"),
     "of-nothing": ((np.zeros(1), None), "arrays, got NoneType"),
+    "of-shapes": ((jax.ShapeDtypeStruct((2, 16), E4M3),) * 2, "arrays, got ShapeDtypeStruct"),
 }
 
 

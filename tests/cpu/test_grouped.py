@@ -384,6 +384,18 @@ BAD = [
     ),
     ("masked", {"fill": 0}, ValueError, "fill must be one of undefined, zero, got 0"),
     (
+        "masked",
+        {"fill": np.ones(3)},
+        ValueError,
+        "fill must be one of undefined, zero, got array([1., 1., 1.])",
+    ),
+    (
+        "ragged",
+        {"group_sizes": jax.ShapeDtypeStruct((G,), I32)},
+        TypeError,
+        "group_sizes must be an array, got ShapeDtypeStruct",
+    ),
+    (
         "ragged",
         {"group_sizes": zeros(I32, G + 1)},
         ValueError,
@@ -774,6 +786,21 @@ def test_symbolic_dimension_is_refused(op: str, dimension: str) -> None:
         export.export(jax.jit(function), platforms=["cuda"])(*shapes)
     name = "max_m" if (op, dimension) == ("masked", "m") else dimension
     assert str(raised.value) == f"{name_of(op)}: {name} must be static, got size"
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [("contiguous", "num_groups must be static, got 3*b"), ("masked", "num_groups must be static")],
+)
+def test_symbolic_batch_is_refused(op: str, message: str) -> None:
+    (batch,) = export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)
+        for x in Problem(op, 3, 128, 136, 144).shapes()
+    ]
+    function = functools.partial(call, op, **({"expected_m": 1} if op == "masked" else {}))
+    with pytest.raises(ValueError, match=f"^{name_of(op)}: {re.escape(message)}"):
+        export.export(jax.jit(jax.vmap(function)), platforms=["cuda"])(*shapes)
 
 
 # --- shard_map -----------------------------------------------------------------------------------

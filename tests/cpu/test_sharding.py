@@ -383,6 +383,17 @@ def test_bad_values_stay_in_their_row_where_shards_cut_blocks() -> None:
         assert numerics.error(d[1:], np.asarray(clean)[1:]) < numerics.BF16_TOLERANCE
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_rank_promotion_is_never_needed(op: str, kind: AxisType) -> None:
+    """Nor by a device for its part of the rows, of the groups or of what it sums."""
+    case = make(op, ROWS[op], 192, 656)
+    mesh = mesh_of(kind, x=4, y=2)
+    with jax.numpy_rank_promotion("raise"):
+        for plan in ({"m": "x", "k": "y"}, {"n": "x", "m" if op == "dense" else "g": "y"}):
+            case.check(jax.jit(case.function)(*case.put(mesh, plan)))
+
+
 @pytest.mark.parametrize("op", DIMENSIONS)
 def test_sizes_that_do_not_divide_stay_whole(op: str) -> None:
     """XLA would pad a shard; here the dimension is computed on every device."""
@@ -601,6 +612,47 @@ def test_module_names_release_and_target() -> None:
     assert what.encode().hex().upper() in text
 
 
+def configured(op: str) -> tuple[Case, Callable[..., jax.Array]]:
+    """An operation with a kernel of its own, which needs the four k-blocks that it has."""
+    case = make(op, ROWS[op], 512, 512)
+    rows, groups = ROWS[op], {} if op == "dense" else {"num_groups": 8}
+    configs = jax_deepgemm.legal_configs(
+        8 * rows if op == "masked" else rows, 512, 512, op=op, **groups
+    )
+    config = next(config for config in configs if config.cluster_k == 4)
+    if op != "dense":
+        return case, lambda *operands: grouped_cases.call(op, *operands, config=config)
+    return case, lambda a, sfa, b, sfb: jax_deepgemm.gemm_fp8_fp8_bf16_nt(
+        (a, sfa), (b, sfb), config=config
+    )
+
+
+PART_WITHOUT_KERNEL = (
+    r"_nt\w*: config: cluster_k must be at most the number of k-blocks \(1\), got 4: "
+    r"GemmConfig\(.*cluster_k=4.*\), on one device's m = \d+, n = 512, k = 128"
+)
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_config_is_checked_for_a_device_as_xla_splits(op: str) -> None:
+    """How that is, XLA knows when it compiles."""
+    case, function = configured(op)
+    jax.jit(function).lower(*case.put(mesh_of(x=4), {"n": "x"})).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=PART_WITHOUT_KERNEL):
+        jax.jit(function).lower(*case.put(mesh_of(x=4), {"k": "x"})).compile()
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_config_is_checked_for_a_device_of_an_explicit_mesh(op: str) -> None:
+    """As inside `jax.shard_map`, when it is traced."""
+    case, function = configured(op)
+    mesh = mesh_of(AxisType.Explicit, x=4)
+    cuda_text(function, *case.put(mesh, {"n": "x"}))
+    for call in (jax.jit(function).trace, function):
+        with pytest.raises(ValueError, match=PART_WITHOUT_KERNEL):
+            call(*case.put(mesh, {"k": "x"}))
+
+
 # --- Explicit meshes -----------------------------------------------------------------------------
 
 
@@ -634,6 +686,16 @@ def test_explicit_mesh_of_the_context(op: str) -> None:
             d = function(*operands)
             assert jax.typeof(d).sharding.spec == spec(letters, {"m": "x"})
             case.check(d)
+
+
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_explicit_mesh_without_a_context(op: str) -> None:
+    """Operands alone say which mesh it is, and operations run one by one."""
+    case = make(op, ROWS[op], 256, 256)
+    d = case.function(*case.put(mesh_of(AxisType.Explicit, x=4, y=2), {"n": "y"}))
+    case.check(d)
+    _, letters = DIMENSIONS[op]
+    assert jax.typeof(d).sharding.spec == spec(letters, {"n": "y"})
 
 
 def test_explicit_mesh_lowers_one_call_per_device() -> None:

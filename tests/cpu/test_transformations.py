@@ -16,6 +16,7 @@ import pytest
 from jax import lax
 
 import jax_deepgemm
+from jax_deepgemm import grouped
 from tests import grouped_cases, numerics
 from tests.lowering import cuda_calls, cuda_text, problem_of
 
@@ -113,6 +114,94 @@ def test_cond(operation: Operation, taken: bool) -> None:
     )(taken, *lhs)
     expected = np.asarray(function(*lhs))
     assert bits(d) == bits(expected if taken else np.zeros_like(expected))
+
+
+@pytest.mark.parametrize("device", [0, 3])
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_is_copied_from_the_host(op: str, device: int) -> None:
+    """Nor from another device, where the operands are on one that is not the default one."""
+    function, operands = all_operands(op)
+    arrays = jax.device_put(operands, jax.devices("cpu")[device])
+    with jax.transfer_guard("disallow"):
+        for call in (function, jax.jit(function)):
+            assert call(*arrays).devices() == {jax.devices("cpu")[device]}
+
+
+def test_default_offset_is_a_constant() -> None:
+    """In a program nothing is computed for it, of group sizes or of anything else."""
+    sizes = jnp.ones(3, jnp.int32)
+    text = jax.jit(lambda sizes: grouped._offset(None, sizes)).lower(sizes).compile().as_text()
+    assert text is not None
+    assert "s32[1]{0} constant({0})" in text and "parameter(" not in text
+
+
+QUANTIZERS = (
+    "quantize_per_token",
+    "quantize_per_block",
+    "quantize_per_token_transposed",
+    "quantize_per_token_both",
+    "silu_mul_quantize",
+)
+SIZES = {"masked_m": [3, 13], "group_sizes": [3, 4, 2]}
+# What computes in this package; after a hyphen the argument that says which rows count.
+PUBLIC = (
+    *OPS,
+    *QUANTIZERS,
+    *(f"{name}-{sizes}" for name in (QUANTIZERS[0], QUANTIZERS[-1]) for sizes in SIZES),
+    "Linear",
+    "dequantize",
+    "get_col_major_tma_aligned_tensor",
+)
+
+
+def public(name: str) -> tuple[Callable[..., Any], list[Any]]:
+    """One of PUBLIC as a function of arrays, and these."""
+    x = np.ones((2, 13, 144), np.float32)
+    if name in OPS:
+        return all_operands(name)
+    if name == "Linear":
+        layer = jax_deepgemm.Linear.quantize(x[0, :8], np.ones(8, np.float32))
+        return lambda layer, x: layer(x), [layer, x]
+    if name == "dequantize":
+        pairs = jax_deepgemm.quantize_per_token(x), jax_deepgemm.quantize_per_block(x)
+        return lambda *pairs: list(map(jax_deepgemm.dequantize, pairs)), list(pairs)
+    name, *sizes = name.split("-")
+    function = getattr(jax_deepgemm, name)
+    if not sizes:
+        return function, [x]
+    numbers = np.array(SIZES[sizes[0]], np.int32)
+    matrices = x if sizes == ["masked_m"] else x[0]
+    return lambda x, numbers: function(x, **{sizes[0]: numbers}), [matrices, numbers]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_rank_promotion_is_never_needed(name: str) -> None:
+    """Programs that forbid it run: op by op, jitted, for CUDA and batched."""
+    function, arguments = public(name)
+    batched = jax.tree.map(lambda x: np.stack([x, x]), arguments)
+    with jax.numpy_rank_promotion("raise"):
+        jax.block_until_ready(function(*arguments))
+        jax.block_until_ready(jax.jit(function)(*arguments))
+        cuda_text(function, *arguments)
+        if name != "ragged":  # which takes no batch
+            jax.block_until_ready(jax.jit(jax.vmap(function))(*batched))
+
+
+@pytest.mark.parametrize("platform", ["rocm", "tpu"])
+@pytest.mark.parametrize("name", [*OPS, *QUANTIZERS])
+def test_other_platforms_are_refused(name: str, platform: str) -> None:
+    """By the name of the operation, and not of a primitive."""
+    function, arguments = public(name)
+    traced = jax.jit(function).trace(*arguments)
+    names = {op: grouped_cases.name_of(op) for op in grouped_cases.OPS}
+    names["dense"] = "gemm_fp8_fp8_bf16_nt"
+    message = (
+        f"{names.get(name, name)}: it exists for CPUs (platform cpu) and for Hopper GPUs (platform "
+        f"cuda, sm_90), and not for {platform}"
+    )
+    for platforms in ((platform,), ("cpu", "cuda", platform)):
+        with pytest.raises(NotImplementedError, match=f"^{re.escape(message)}"):
+            traced.lower(lowering_platforms=platforms)
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")

@@ -46,6 +46,15 @@ d = dg.m_grouped_gemm_fp8_fp8_bf16_nt_masked(
 c = dg.m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
     (tokens, tokens), (tokens, tokens), jnp.zeros(4, jnp.int32)
 )
+e = dg.m_grouped_gemm_fp8_fp8_bf16_nt_masked(
+    (tokens, tokens), (tokens, tokens), np.ones(4, np.int32), np.int32(8)
+)
+layer = dg.Linear.quantize(tokens[0], np.zeros(16, np.float32))
+stored = dg.Linear(dg.quantize_per_block(tokens[0]))
+reveal_type(layer.weight)
+scales: jax.Array = stored.weight.scales
+if stored.bias is None:
+    y: jax.Array = stored(tokens[1])
 where: str = dg.backend()
 sms: int = dg.get_num_sms()
 """
@@ -57,6 +66,8 @@ dg.gemm_fp8_fp8_bf16_nt(1, 2)
 dg.gemm_fp8_fp8_bf16_nt((1, 2), (3, 4), config={"block_m": 64})
 dg.m_grouped_gemm_fp8_fp8_bf16_nt_masked((1, 2), (3, 4), 5, 6, fill="nothing")
 dg.get_num_sms().upper()
+dg.Linear("weight", bias="bias").weight.no_such_attribute
+dg.m_grouped_gemm_fp8_fp8_bf16_nt_masked((1, 2), (3, 4), 5, 6.0)
 """
 
 
@@ -86,13 +97,14 @@ def check(source: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]
 def test_a_users_file_type_checks(tmp_path: pathlib.Path) -> None:
     done = check(USERS_FILE, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    quantized, product = (line for line in done.stdout.splitlines() if "Revealed" in line)
+    quantized, product, weight = (line for line in done.stdout.splitlines() if "Revealed" in line)
     assert "jax_deepgemm.quantized_array.QuantizedArray" in quantized
+    assert "jax_deepgemm.quantized_array.QuantizedArray" in weight
     assert product.endswith('.Array"')
 
 
 def test_a_users_mistakes_are_found(tmp_path: pathlib.Path) -> None:
     done = check(MISTAKES, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    for line in (4, 5, 6, 7):
+    for line in (4, 5, 6, 7, 8, 9):
         assert f"users_file.py:{line}: error" in done.stdout
