@@ -163,14 +163,22 @@ COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permut
 
 def collectives(function: Callable[..., Any], *arguments: Any) -> collections.Counter[str]:
     """How often each kind of communication stands in what XLA compiles."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return collectives_of(jax.jit(function).lower(*arguments).compile())
+
+
+def collectives_of(program: jax.stages.Compiled) -> collections.Counter[str]:
+    text = program.as_text()
     assert text is not None
     return collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
 
 
 def gathered(function: Callable[..., Any], *arguments: Any) -> list[str]:
     """The shapes of what XLA gathers, such as "64,512"; on the CPU FP8 is widened for that."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return gathered_by(jax.jit(function).lower(*arguments).compile())
+
+
+def gathered_by(program: jax.stages.Compiled) -> list[str]:
+    text = program.as_text()
     assert text is not None
     return re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
 
@@ -308,6 +316,124 @@ def test_plans_keep_weights_in_place(op: str) -> None:
             stored = of_a == "m" and of_b != "g" and axes[0] == axes[2]
             if of_weights and not (stored and set(of_weights) & set(plan["m"])):
                 assert plan[of_b] == of_weights, f"{splits}, {wanted}: {plan}"
+
+
+# How a and its assignment of rows, b, and d (None: as XLA likes) are split, and what that
+# communicates in the masked operation and in the two whose rows have one group each; whether XLA's
+# own communicates all of this, too. Where it does not, it gathers A, weights or sums instead.
+AGAINST_XLA: dict[str, tuple[Plan, Plan, Plan | None, set[str], set[str], bool]] = {
+    "rows": ({"m": "x"}, {}, None, set(), set(), True),
+    "groups": ({"g": "x"}, {"g": "x"}, None, set(), {"all-reduce"}, True),
+    "groups-of-weights": ({}, {"g": "x"}, None, set(), {"all-reduce"}, True),
+    "n": ({}, {"n": "x"}, None, set(), set(), True),
+    "k": ({"k": "x"}, {"k": "x"}, None, {"all-reduce"}, {"all-reduce"}, True),
+    "k-of-a": ({"k": "x"}, {}, None, {"all-reduce"}, {"all-reduce"}, False),
+    "k-of-weights": ({}, {"k": "x"}, None, {"all-reduce"}, {"all-reduce"}, False),
+    "rows-and-n": ({"m": "x"}, {"n": "y"}, None, set(), set(), True),
+    "groups-and-n": ({"g": "x"}, {"g": "x", "n": "y"}, None, set(), {"all-reduce"}, True),
+    "rows-and-n-on-one-axis": (
+        {"m": "x"},
+        {"n": "x"},
+        None,
+        {"all-gather"},
+        {"all-gather"},
+        True,
+    ),
+    "rows-and-groups-on-one-axis": (
+        {"m": "x"},
+        {"g": "x"},
+        None,
+        {"all-gather"},
+        {"all-gather", "reduce-scatter"},
+        False,
+    ),
+    "weights-sharded-for-storage-by-n": (
+        {"m": "x"},
+        {"n": "x"},
+        {"m": "x"},
+        {"all-gather"},
+        {"all-gather"},
+        True,
+    ),
+    "weights-sharded-for-storage-by-k": (
+        {"m": "x"},
+        {"k": "x"},
+        {"m": "x"},
+        {"all-gather"},
+        {"all-gather"},
+        True,
+    ),
+    "rows-scattered-after-the-sum": (
+        {"k": "x"},
+        {"k": "x"},
+        {"m": "x"},
+        {"reduce-scatter"},
+        {"reduce-scatter"},
+        False,
+    ),
+    "result-is-wanted-whole": ({"m": "x"}, {}, {}, {"all-gather"}, {"all-gather"}, True),
+}
+
+
+def kinds_of(program: jax.stages.Compiled) -> set[str]:
+    """How a program communicates; what is to be split otherwise, some of XLA's releases gather."""
+    return {kind.replace("all-to-all", "all-gather") for kind in collectives_of(program)}
+
+
+@pytest.mark.parametrize(
+    ("of_a", "of_b", "of_d", "masked", "others", "same"),
+    AGAINST_XLA.values(),
+    ids=list(AGAINST_XLA),
+)
+@pytest.mark.parametrize("op", grouped_cases.OPS)
+def test_groups_communicate_like_xlas_own(
+    op: str,
+    of_a: Plan,
+    of_b: Plan,
+    of_d: Plan | None,
+    masked: set[str],
+    others: set[str],
+    same: bool,
+) -> None:
+    """As jnp.einsum or jax.lax.ragged_dot: weights are gathered only where these gather them."""
+    n, k, mesh = 256, 512, mesh_of(x=4, y=2)  # no other dimension has these sizes
+    case = make(op, ROWS[op], n, k)
+    (a, sfa, b, sfb, array), result = DIMENSIONS[op]
+
+    def put(x: Any, letters: str, plan: Plan) -> jax.Array:
+        return jax.device_put(x, NamedSharding(mesh, spec(letters, plan)))
+
+    operands = [
+        put(x, letters, plan)
+        for x, letters, plan in zip(
+            case.operands, (a, sfa, b, sfb, array), (of_a, of_a, of_b, of_b, of_a), strict=True
+        )
+    ]
+    matrices = [
+        put(np.asarray(case.operands[i]).astype(jnp.bfloat16), letters, plan)
+        for i, letters, plan in ((0, a, of_a), (2, b, of_b))
+    ]
+    sizes = put(np.full(8, ROWS[op] // 8, np.int32), "s", {})
+
+    def xlas(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+        if op == "masked":
+            return jnp.einsum("gmk,gnk->gmn", x, w)
+        return jax.lax.ragged_dot(x, jnp.swapaxes(w, 1, 2), sizes)
+
+    options = {} if of_d is None else {"out_shardings": NamedSharding(mesh, spec(result, of_d))}
+    ours = jax.jit(case.function, **options).lower(*operands).compile()
+    case.check(ours(*operands))
+    kinds = kinds_of(ours)
+    assert kinds == (masked if op == "masked" else others)
+
+    def gathers_weights(program: jax.stages.Compiled) -> bool:
+        shapes = [set(shape.split(",")) for shape in gathered_by(program)]
+        return any({str(n), str(k)} <= shape for shape in shapes)
+
+    if same or gathers_weights(ours):
+        theirs = jax.jit(xlas, **options).lower(*matrices, sizes).compile()
+        assert kinds <= kinds_of(theirs) or not same
+        assert gathers_weights(theirs) or not gathers_weights(ours)
 
 
 SCATTERED = [
