@@ -17,7 +17,7 @@ from jax_deepgemm.config import FP8_TYPES, OPS, GemmConfig, Problem, check_confi
 from jax_deepgemm.device import num_sms_limit
 from jax_deepgemm.ffi import _native
 from jax_deepgemm.ffi.primitive import Batching, Operation, declare
-from jax_deepgemm.operands import Sizes, check_static
+from jax_deepgemm.operands import Sizes
 from jax_deepgemm.partitioning import Partitioning
 
 
@@ -143,7 +143,6 @@ def options(
         expected_m: the hint of the masked operation.
         batch_invariant: whether the kernel is to be one whose results do not depend on m.
     """
-    check_static(function, **sizes)  # a batch may not be
     num_groups = sizes.get("num_groups", 1)
     num_sms = num_sms_limit()
     problem = check_problem(

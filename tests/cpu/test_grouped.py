@@ -788,18 +788,15 @@ def test_symbolic_dimension_is_refused(op: str, dimension: str) -> None:
     assert str(raised.value) == f"{name_of(op)}: {name} must be static, got size"
 
 
-@pytest.mark.parametrize(
-    ("op", "message"),
-    [("contiguous", "num_groups must be static, got 3*b"), ("masked", "num_groups must be static")],
-)
-def test_symbolic_batch_is_refused(op: str, message: str) -> None:
+@pytest.mark.parametrize("op", ["contiguous", "masked"])
+def test_symbolic_batch_is_refused(op: str) -> None:
     (batch,) = export.symbolic_shape("b")
     shapes = [
         jax.ShapeDtypeStruct((batch, *x.shape), x.dtype)
         for x in Problem(op, 3, 128, 136, 144).shapes()
     ]
     function = functools.partial(call, op, **({"expected_m": 1} if op == "masked" else {}))
-    with pytest.raises(ValueError, match=f"^{name_of(op)}: {re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"^{name_of(op)}: batch must be static, got b"):
         export.export(jax.jit(jax.vmap(function)), platforms=["cuda"])(*shapes)
 
 
