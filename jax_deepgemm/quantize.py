@@ -225,13 +225,14 @@ def silu_mul_quantize(
 def _checked(function: str, x: ArrayLike, form: str) -> jax.Array:
     """Returns x as an array of at most 32 bits, or raises in the name of `function`."""
     wanted = f"{function}: x must be {', '.join(_FLOAT_TYPES[:-1])} or {_FLOAT_TYPES[-1]} {form}"
+    no_array = f"{function}: x must be an array, got {type(x).__name__}"
     if isinstance(x, tuple):
-        raise TypeError(f"{wanted}, got {type(x).__name__}")
+        raise TypeError(no_array)
     try:
         array = jnp.asarray(x)
     except (TypeError, ValueError) as error:
-        found = describe(x) if isinstance(x, np.ndarray) else type(x).__name__
-        raise TypeError(f"{wanted}, got {found}") from error
+        of_no_numbers = isinstance(x, np.ndarray)
+        raise TypeError(f"{wanted}, got {describe(x)}" if of_no_numbers else no_array) from error
     message = f"{wanted}, got {describe(array)}"
     if array.dtype.name not in _FLOAT_TYPES:
         raise TypeError(message)

@@ -290,20 +290,19 @@ def test_bad_input_raises_while_tracing(name, shape, dtype, exception):
 
 @pytest.mark.parametrize("name", ["quantize_per_token", "silu_mul_quantize"])
 @pytest.mark.parametrize(
-    ("x", "got"),
+    ("x", "message"),
     [
-        pytest.param(None, "NoneType", id="none"),
-        pytest.param("x", "str", id="string"),
-        pytest.param({"x": 1.0}, "dict", id="dict"),
-        pytest.param([[1.0, 2.0], [3.0]], "list", id="ragged_list"),
-        pytest.param((np.ones((4, 128)),) * 2, "tuple", id="pair"),
-        pytest.param(np.array([["x"]]), r"str32\[1, 1\]", id="array_of_strings"),
-        pytest.param(np.array([[None]]), r"object\[1, 1\]", id="array_of_objects"),
+        pytest.param(None, "an array, got NoneType", id="none"),
+        pytest.param("x", "an array, got str", id="string"),
+        pytest.param({"x": 1.0}, "an array, got dict", id="dict"),
+        pytest.param([[1.0, 2.0], [3.0]], "an array, got list", id="ragged_list"),
+        pytest.param((np.ones((4, 128)),) * 2, "an array, got tuple", id="pair"),
+        pytest.param(np.array([["x"]]), r"bfloat16, .*, got str32\[1, 1\]", id="of_strings"),
+        pytest.param(np.array([[None]]), r"bfloat16, .*, got object\[1, 1\]", id="of_objects"),
     ],
 )
-def test_x_that_is_no_array_of_numbers_raises(name, x, got):
-    message = rf"^{name}: x must be bfloat16, .* or float64 \[\.\.\., m, (k|2f)\], got {got}(\n|$)"
-    with pytest.raises(TypeError, match=message):
+def test_x_that_is_no_array_of_numbers_raises(name, x, message):
+    with pytest.raises(TypeError, match=rf"^{name}: x must be {message}(\n|$)"):
         getattr(quantize, name)(x)
 
 
