@@ -26,7 +26,14 @@ from jax_deepgemm.config import GemmConfig
 from jax_deepgemm.custom_call import check_options, declare_gemm, options
 from jax_deepgemm.ffi.primitive import Batches, Batching
 from jax_deepgemm.layout import get_m_alignment_for_contiguous_layout
-from jax_deepgemm.operands import Operand, check_integers, check_pairs, check_static, describe
+from jax_deepgemm.operands import (
+    Operand,
+    check_integers,
+    check_pairs,
+    check_static,
+    describe,
+    values_are_checked,
+)
 from jax_deepgemm.partitioning import Dimensions, Partitioning, Shard
 
 _CONTIGUOUS = "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous"
@@ -316,9 +323,8 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     parameters = options(
         _MASKED, "masked", sizes, config, expected_m=expected_m, batch_invariant=batch_invariant
     )
-    # What JAX looks for must not be found in rows that nobody reads.
-    checked = any(getattr(jax.config, f"jax_debug_{kind}", False) for kind in ("nans", "infs"))
-    return masked(*operands, counts, fill_zero=fill == "zero" or checked, **parameters)
+    fill_zero = fill == "zero" or values_are_checked()
+    return masked(*operands, counts, fill_zero=fill_zero, **parameters)
 
 
 def m_grouped_gemm_fp8_fp8_bf16_nt_ragged(
