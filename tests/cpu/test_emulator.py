@@ -1,0 +1,210 @@
+"""The kernels' barriers, on a CPU.
+
+The device code itself, compiled against a model of what it asks of the GPU (tests/emulator, whose
+machine.h says what is modelled), where threads and copies take any time they like: what a GPU does
+wrong once in a million launches, if at all, is wrong here within a few.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent import futures
+from typing import NamedTuple
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+EMULATOR = ROOT / "tests" / "emulator"
+DENSE, CONTIGUOUS, MASKED, RAGGED = 0, 1, 2, 3  # csrc/kernels/grouping.h
+PROBLEMS = 30
+MAX_M = 300
+
+
+class Kernel(NamedTuple):
+    grouping: int
+    n: int
+    k: int
+    block_m: int
+    block_n: int
+    num_stages: int
+    math_warpgroups: int = 2
+    cluster_m: int = 1
+    cluster_n: int = 1
+    cluster_k: int = 1
+    raster_m: int = 2
+    batch_invariant: int = 0
+    arrivals_per_warp: int = 1  # 32 as racecheck wants them
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str
+    new: str
+    kernel: Kernel
+    message: str  # what the emulator says of it, a regular expression
+
+
+# Both kinds of ring (one or two accumulators), rows and columns split over warpgroups, each kind of
+# cluster, and each grouping with the epilogue that goes with it; few stages, so that they wrap.
+KERNELS = {
+    "64x64": Kernel(DENSE, 136, 304, 64, 64, 4, 1, raster_m=8),
+    "64x64, two stages": Kernel(DENSE, 136, 1296, 64, 64, 2, 1),
+    "64x48, two warpgroups": Kernel(DENSE, 104, 656, 64, 48, 3, raster_m=1),
+    "128x72": Kernel(DENSE, 392, 144, 128, 72, 3, batch_invariant=1),
+    "256x128": Kernel(DENSE, 392, 272, 256, 128, 2),
+    "128x96, shared B": Kernel(DENSE, 264, 400, 128, 96, 3, cluster_m=2),
+    "64x64, shared A": Kernel(DENSE, 264, 400, 64, 64, 3, 1, cluster_n=2),
+    "256x64, shared A": Kernel(DENSE, 264, 272, 256, 64, 2, cluster_n=2, arrivals_per_warp=32),
+    "64x64, k in 2": Kernel(DENSE, 264, 656, 64, 64, 2, 1, cluster_k=2),
+    "128x112, k in 4": Kernel(DENSE, 136, 656, 128, 112, 2, cluster_k=4, arrivals_per_warp=32),
+    "contiguous, 64x64": Kernel(CONTIGUOUS, 136, 304, 64, 64, 4, 1, raster_m=8),
+    "contiguous, 256x64": Kernel(CONTIGUOUS, 136, 400, 256, 64, 3),
+    "contiguous, 128x96, shared A": Kernel(CONTIGUOUS, 264, 272, 128, 96, 2, cluster_n=2),
+    "masked, 64x112": Kernel(MASKED, 136, 304, 64, 112, 3, 1, raster_m=8),
+    "masked, 64x64, k in 4": Kernel(MASKED, 136, 656, 64, 64, 2, 1, cluster_k=4),
+    "ragged, 64x64": Kernel(RAGGED, 136, 304, 64, 64, 2, 1, raster_m=8),
+    "ragged, 256x64, shared A": Kernel(RAGGED, 136, 272, 256, 64, 3, cluster_n=2, raster_m=3),
+    "ragged, 64x32, k in 2": Kernel(RAGGED, 40, 656, 64, 32, 3, cluster_k=2, raster_m=32),
+}
+
+# Each in a copy of the sources; what the emulator cannot see of these, it cannot see of others.
+FAULTS = {
+    "a stage is released while a wgmma reads it": Fault(
+        "mainloop.cuh",
+        "    drain(done);\n    release(stage_);\n",
+        "    release(stage_);\n    drain(done);\n",
+        KERNELS["64x64, two stages"],
+        "of D is",
+    ),
+    "a stage is loaded before it is released": Fault(
+        "gemm.cuh",
+        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);",
+        "",
+        KERNELS["ragged, 64x64"],
+        "more arrivals|in a later phase|of D is",
+    ),
+    "an arrival too few is expected": Fault(
+        "gemm.cuh",
+        "copies_scales_in_bulk(params) ? 1 : 32;",
+        "copies_scales_in_bulk(params) ? 1 : 31;",
+        KERNELS["64x64"],
+        "more arrivals|in a later phase",
+    ),
+    "partial sums are overwritten before they are read": Fault(
+        "split_k.cuh",
+        "mbarrier_wait(barrier_, parity_ ^ 1);",
+        "",
+        KERNELS["ragged, 64x32, k in 2"],
+        "of D is|in a later phase|a deadlock",
+    ),
+    "a CTA ends before its peers": Fault(
+        "gemm.cuh",
+        "  if constexpr (kMulticast > 1) {\n    barrier_cluster_arrive();",
+        "  if constexpr (false) {\n    barrier_cluster_arrive();",
+        KERNELS["128x96, shared B"],
+        "a remote arrival reaches a CTA that has ended",
+    ),
+}
+
+Runs = dict[str, futures.Future[subprocess.CompletedProcess[str]]]
+
+
+@functools.cache
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if found is None:
+        pytest.skip("there is no C++ compiler")
+    return found
+
+
+def run(*command: str | pathlib.Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def build_object(source: pathlib.Path, directory: pathlib.Path, *options: str) -> pathlib.Path:
+    path = directory / f"{source.stem}.o"
+    run(compiler(), "-std=c++20", f"-I{ROOT}", *options, "-c", "-o", path, source)
+    return path
+
+
+def copy_kernels(directory: pathlib.Path, fault: Fault | None = None) -> None:
+    """csrc/kernels, but for what only a CUDA compiler understands."""
+    for source in (ROOT / "csrc" / "kernels").iterdir():
+        text = source.read_text()
+        if fault is not None and fault.file == source.name:
+            assert fault.old in text, "the kernel has changed: where is this fault now?"
+            text = text.replace(fault.old, fault.new)
+        text = text.replace(
+            "extern __shared__ __align__(1024) char dynamic_smem[];",
+            "char* dynamic_smem = nullptr;",
+        )
+        text = text.replace('"+f"', '"+m"')
+        (directory / source.name).write_text(text)
+    shutil.copy(EMULATOR / "ptx.cuh", directory)
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[list[pathlib.Path]]:
+    """What is the same for all kernels, compiled."""
+    compiler()  # or skip
+    sources = [EMULATOR / "machine.cc", EMULATOR / "main.cc"]
+    sources += [ROOT / "csrc" / "gemm" / name for name in ("config.cc", "tensor_maps.cc")]
+    with tempfile.TemporaryDirectory() as directory, futures.ThreadPoolExecutor() as pool:
+        yield list(pool.map(lambda s: build_object(s, pathlib.Path(directory), "-O2"), sources))
+
+
+def emulate(
+    kernel: Kernel, machine: list[pathlib.Path], fault: Fault | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs random problems; the same ones every time."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = pathlib.Path(name)
+        copy_kernels(directory, fault)
+        constants = [f"-D{name.upper()}={value}" for name, value in kernel._asdict().items()]
+        # The kernels' pragmas and asm are not for this compiler to warn of.
+        options = ["-O1", "-w", f"-I{directory}", *constants]
+        program = directory / "emulator"
+        kernel_object = build_object(EMULATOR / "kernel.cc", directory, *options)
+        run(compiler(), "-o", program, kernel_object, *machine)
+        return subprocess.run(
+            [program, "0", str(PROBLEMS), str(MAX_M)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, machine: list[pathlib.Path]) -> Iterator[Runs]:
+    """The runs of all tests that were asked for, side by side."""
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = {}
+        for item in request.session.items:
+            name = getattr(item, "callspec", None) and item.callspec.params.get("emulated")
+            if name in KERNELS:
+                started[name] = pool.submit(emulate, KERNELS[name], machine)
+            elif name in FAULTS:
+                fault = FAULTS[name]
+                started[name] = pool.submit(emulate, fault.kernel, machine, fault)
+        yield started
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("emulated", KERNELS)
+def test_kernel(emulated: str, runs: Runs) -> None:
+    done = runs[emulated].result()
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("emulated", FAULTS)
+def test_fault_is_noticed(emulated: str, runs: Runs) -> None:
+    done = runs[emulated].result()
+    assert done.returncode == 1, "the emulator sees nothing wrong"
+    assert re.search(FAULTS[emulated].message, done.stderr), done.stderr
