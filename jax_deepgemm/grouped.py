@@ -394,10 +394,12 @@ def _zero(like: jax.Array) -> jax.Array:
 def _offset(group_offset: Any, group_sizes: jax.Array) -> jax.Array:
     """Returns the offset as int32[1], as the custom call takes it."""
     if group_offset is None:
-        # A program's constant, on the devices of the sizes: nothing is copied from the host, where
-        # operations run one by one, and XLA folds it in a larger program.
-        zero: jax.Array = _zero(group_sizes)
-        return zero
+        if not isinstance(group_sizes, jax.core.Tracer):
+            # Where operations run one by one, a program makes it on the devices of the sizes:
+            # nothing is copied from the host.
+            zero: jax.Array = _zero(group_sizes)
+            return zero
+        group_offset = 0
     if not is_array(group_offset):
         number = integer(_RAGGED, "group_offset", group_offset, bits=32)
         return jnp.asarray([number], jnp.int32)
