@@ -663,7 +663,10 @@ def test_vmap_keeps_what_is_split(
     with jax.set_mesh(mesh):
         function = jax.jit(jax.vmap(case.function, axes))
         d = function(*operands)
-        assert not collectives(function, *operands)
+        # JAX 0.10 gathers the batch of a jax.shard_map, which an explicit mesh makes of what else
+        # is split, under jax.vmap.
+        if jax.__version_info__ >= (0, 11) or kind == AxisType.Auto or len(plan) == 1:
+            assert not collectives(function, *operands)
     assert d.sharding.is_equivalent_to(
         NamedSharding(mesh, spec("v" + result, plan)), 1 + len(result)
     )
