@@ -1,5 +1,5 @@
-// An estimate of a kernel's time, made to compare configurations of one problem. Its constants are
-// fitted to sweeps (`python -m jax_deepgemm bench --sweep`, benchmarks/fit.py).
+// An estimate of a kernel's time, made to compare configurations of one problem. Its constants were
+// fitted to timings; benchmarks/fit.py fits them anew to sweeps of the harness.
 #pragma once
 
 #include <iterator>

@@ -5,7 +5,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -21,6 +21,9 @@ from jax.sharding import (
     get_abstract_mesh,
     use_abstract_mesh,
 )
+
+if TYPE_CHECKING:  # which imports this module
+    from jax_deepgemm.partitioning import Partitioning
 
 Shape = tuple[int, ...]
 
@@ -45,33 +48,6 @@ class Batching(NamedTuple):
     """
 
 
-class Partitioning(Protocol):
-    """How an operation is split over devices; see `jax_deepgemm.partitioning.Partitioning`."""
-
-    def with_batches(self, batches: Batches) -> "Partitioning":
-        """The same for operands and a result that begin with batches."""
-
-    def result_shape(self, operands: Sequence[Any]) -> Shape:
-        """Shape of the result of these operands."""
-
-    def automatic(
-        self,
-        bind: Callable[..., jax.Array],
-        shapes: Sequence[Any],
-        parameters: dict[str, Any],
-        manual: AbstractMesh | None,
-    ) -> Callable[..., jax.Array]:
-        """The operation on operands that XLA may split."""
-
-    def explicit(
-        self,
-        bind: Callable[..., jax.Array],
-        operands: Sequence[jax.Array],
-        parameters: dict[str, Any],
-    ) -> jax.Array | None:
-        """The operation on a mesh with explicit axes, None if the operands' types have none."""
-
-
 def declare(
     name: str,
     *,
@@ -82,7 +58,7 @@ def declare(
     operand_layouts: Sequence[tuple[int, ...] | None],
     prepare: Callable[..., Sequence[jax.Array]],
     batching: Batching,
-    partitioning: Partitioning,
+    partitioning: "Partitioning",
 ) -> "Operation":
     """Declares a primitive: operands are positional, parameters not.
 
@@ -128,7 +104,7 @@ def declare(
     return operation
 
 
-def _give_type(name: str, primitive: Primitive, partitioning: Partitioning, dtype: Any) -> None:
+def _give_type(name: str, primitive: Primitive, partitioning: "Partitioning", dtype: Any) -> None:
     """Declares how a primitive is evaluated, and the type of its result."""
 
     def abstract_eval(*operands: Any, **_: Any) -> ShapedArray:
@@ -165,7 +141,7 @@ class Operation:
         primitive: Primitive,
         dtype: Any,
         batching: Batching,
-        partitioning: Partitioning,
+        partitioning: "Partitioning",
     ) -> None:
         """Made by `declare`, which says what the arguments are; `primitive` is one device's."""
         self._name = name

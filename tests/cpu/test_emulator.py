@@ -5,6 +5,7 @@ machine.h says what is modelled), where threads and copies take any time they li
 wrong once in a million launches, if at all, is wrong here within a few.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -18,9 +19,12 @@ from typing import NamedTuple
 
 import pytest
 
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import OPS
+
 ROOT = pathlib.Path(__file__).parents[2]
 EMULATOR = ROOT / "tests" / "emulator"
-DENSE, CONTIGUOUS, MASKED, RAGGED = 0, 1, 2, 3  # csrc/kernels/grouping.h
+DENSE, CONTIGUOUS, MASKED, RAGGED = range(len(OPS))
 PROBLEMS = 30
 MAX_M = 300
 
@@ -29,16 +33,23 @@ class Kernel(NamedTuple):
     grouping: int
     n: int
     k: int
-    block_m: int
-    block_n: int
-    num_stages: int
-    math_warpgroups: int = 2
-    cluster_m: int = 1
-    cluster_n: int = 1
-    cluster_k: int = 1
-    raster_m: int = 2
-    batch_invariant: int = 0
-    arrivals_per_warp: int = 1  # 32 as racecheck wants them
+    config: GemmConfig
+    batch_invariant: int
+    arrivals_per_warp: int  # 32 as racecheck wants them
+
+
+def kernel(
+    grouping: int,
+    n: int,
+    k: int,
+    *config: int,
+    batch_invariant: int = 0,
+    arrivals_per_warp: int = 1,
+    **fields: int,
+) -> Kernel:
+    """A kernel whose configuration is given by its first fields and the others' names."""
+    whole = GemmConfig(*config, **{"raster_m": 2, **fields})
+    return Kernel(grouping, n, k, whole, batch_invariant, arrivals_per_warp)
 
 
 class Fault(NamedTuple):
@@ -52,24 +63,24 @@ class Fault(NamedTuple):
 # Both kinds of ring (one or two accumulators), rows and columns split over warpgroups, each kind of
 # cluster, and each grouping with the epilogue that goes with it; few stages, so that they wrap.
 KERNELS = {
-    "64x64": Kernel(DENSE, 136, 304, 64, 64, 4, 1, raster_m=8),
-    "64x64, two stages": Kernel(DENSE, 136, 1296, 64, 64, 2, 1),
-    "64x48, two warpgroups": Kernel(DENSE, 104, 656, 64, 48, 3, raster_m=1),
-    "128x72": Kernel(DENSE, 392, 144, 128, 72, 3, batch_invariant=1),
-    "256x128": Kernel(DENSE, 392, 272, 256, 128, 2),
-    "128x96, shared B": Kernel(DENSE, 264, 400, 128, 96, 3, cluster_m=2),
-    "64x64, shared A": Kernel(DENSE, 264, 400, 64, 64, 3, 1, cluster_n=2),
-    "256x64, shared A": Kernel(DENSE, 264, 272, 256, 64, 2, cluster_n=2, arrivals_per_warp=32),
-    "64x64, k in 2": Kernel(DENSE, 264, 656, 64, 64, 2, 1, cluster_k=2),
-    "128x112, k in 4": Kernel(DENSE, 136, 656, 128, 112, 2, cluster_k=4, arrivals_per_warp=32),
-    "contiguous, 64x64": Kernel(CONTIGUOUS, 136, 304, 64, 64, 4, 1, raster_m=8),
-    "contiguous, 256x64": Kernel(CONTIGUOUS, 136, 400, 256, 64, 3),
-    "contiguous, 128x96, shared A": Kernel(CONTIGUOUS, 264, 272, 128, 96, 2, cluster_n=2),
-    "masked, 64x112": Kernel(MASKED, 136, 304, 64, 112, 3, 1, raster_m=8),
-    "masked, 64x64, k in 4": Kernel(MASKED, 136, 656, 64, 64, 2, 1, cluster_k=4),
-    "ragged, 64x64": Kernel(RAGGED, 136, 304, 64, 64, 2, 1, raster_m=8),
-    "ragged, 256x64, shared A": Kernel(RAGGED, 136, 272, 256, 64, 3, cluster_n=2, raster_m=3),
-    "ragged, 64x32, k in 2": Kernel(RAGGED, 40, 656, 64, 32, 3, cluster_k=2, raster_m=32),
+    "64x64": kernel(DENSE, 136, 304, 64, 64, 4, 1, raster_m=8),
+    "64x64, two stages": kernel(DENSE, 136, 1296, 64, 64, 2, 1),
+    "64x48, two warpgroups": kernel(DENSE, 104, 656, 64, 48, 3, raster_m=1),
+    "128x72": kernel(DENSE, 392, 144, 128, 72, 3, batch_invariant=1),
+    "256x128": kernel(DENSE, 392, 272, 256, 128, 2),
+    "128x96, shared B": kernel(DENSE, 264, 400, 128, 96, 3, cluster_m=2),
+    "64x64, shared A": kernel(DENSE, 264, 400, 64, 64, 3, 1, cluster_n=2),
+    "256x64, shared A": kernel(DENSE, 264, 272, 256, 64, 2, cluster_n=2, arrivals_per_warp=32),
+    "64x64, k in 2": kernel(DENSE, 264, 656, 64, 64, 2, 1, cluster_k=2),
+    "128x112, k in 4": kernel(DENSE, 136, 656, 128, 112, 2, cluster_k=4, arrivals_per_warp=32),
+    "contiguous, 64x64": kernel(CONTIGUOUS, 136, 304, 64, 64, 4, 1, raster_m=8),
+    "contiguous, 256x64": kernel(CONTIGUOUS, 136, 400, 256, 64, 3),
+    "contiguous, 128x96, shared A": kernel(CONTIGUOUS, 264, 272, 128, 96, 2, cluster_n=2),
+    "masked, 64x112": kernel(MASKED, 136, 304, 64, 112, 3, 1, raster_m=8),
+    "masked, 64x64, k in 4": kernel(MASKED, 136, 656, 64, 64, 2, 1, cluster_k=4),
+    "ragged, 64x64": kernel(RAGGED, 136, 304, 64, 64, 2, 1, raster_m=8),
+    "ragged, 256x64, shared A": kernel(RAGGED, 136, 272, 256, 64, 3, cluster_n=2, raster_m=3),
+    "ragged, 64x32, k in 2": kernel(RAGGED, 40, 656, 64, 32, 3, cluster_k=2, raster_m=32),
 }
 
 # Each in a copy of the sources; what the emulator cannot see of these, it cannot see of others.
@@ -166,7 +177,9 @@ def emulate(
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         copy_kernels(directory, fault)
-        constants = [f"-D{name.upper()}={value}" for name, value in kernel._asdict().items()]
+        numbers = kernel._asdict() | dataclasses.asdict(kernel.config)
+        del numbers["config"]
+        constants = [f"-D{name.upper()}={value}" for name, value in numbers.items()]
         # The kernels' pragmas and asm are not for this compiler to warn of.
         options = ["-O1", "-w", f"-I{directory}", *constants]
         program = directory / "emulator"

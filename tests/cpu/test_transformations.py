@@ -179,12 +179,18 @@ def test_rank_promotion_is_never_needed(name: str) -> None:
     """Programs that forbid it run: op by op, jitted, for CUDA and batched."""
     function, arguments = public(name)
     batched = jax.tree.map(lambda x: np.stack([x, x]), arguments)
+
+    def types(results: Any) -> list[tuple[Any, ...]]:
+        return [(x.shape, x.dtype) for x in jax.tree.leaves(results)]
+
+    expected = types(function(*arguments))
     with jax.numpy_rank_promotion("raise"):
-        jax.block_until_ready(function(*arguments))
-        jax.block_until_ready(jax.jit(function)(*arguments))
-        cuda_text(function, *arguments)
+        assert types(jax.block_until_ready(function(*arguments))) == expected
+        assert types(jax.block_until_ready(jax.jit(function)(*arguments))) == expected
+        assert "func.func public @main" in cuda_text(function, *arguments)
         if name != "ragged":  # which takes no batch
-            jax.block_until_ready(jax.jit(jax.vmap(function))(*batched))
+            d = jax.block_until_ready(jax.jit(jax.vmap(function))(*batched))
+            assert types(d) == [((2, *shape), dtype) for shape, dtype in expected]
 
 
 @pytest.mark.parametrize("platform", ["rocm", "tpu"])
