@@ -25,7 +25,7 @@ class GemmConfig:
         block_m: rows of D per tile: 64, 128 or 256.
         block_n: columns of D per tile: a multiple of 8 up to 256.
         num_stages: depth of the shared-memory ring, in k-blocks of 128.
-        math_warpgroups: warpgroups of 128 threads that multiply (1 or 2), beside the producer.
+        math_warpgroups: warpgroups of 128 threads that multiply (1 or 2), beside the producers.
         cluster_m: CTAs along m (1 or 2) that share B by TMA multicast.
         cluster_n: CTAs along n (1 or 2) that share A by TMA multicast.
         cluster_k: CTAs (1, 2 or 4) that split k and add their sums in a fixed order.

@@ -17,21 +17,22 @@
 // A persistent grid of CTAs, one per SM, each warp-specialised:
 //
 //   role               threads  registers   per k-block                         per tile
-//   producer warp      1 of 128 40          wait empty; copy A, B, SFA, SFB     find the next tile,
-//                                           into the stage                      announce it
+//   operand warp       1 of 128 40          wait empty; copy A and B into the   find the next tile,
+//                                           stage                               announce it
+//   scale warp         32 of 128            wait empty; copy SFA and SFB        find the next tile
 //   math warpgroup w   128      232 (255    wait full; 4 wgmma per 64-row wave; totals -> bf16 ->
 //                               if alone)   arrive empty; promote               TMA store
 //
 //   barrier            arrivals                       signals
-//   full[stage]        2 (33: see load_tile), bytes   producer/TMA -> math: stage holds data
-//   empty[stage]       math warps x sharing CTAs      math -> producer(s): stage may be rewritten
+//   full[stage]        2 (33: load_scales), bytes      both warps and TMA -> math: stage holds data
+//   empty[stage]       math warps x sharing CTAs      math -> both warps: stage may be rewritten
 //   exchange[warp]     1, and bytes in the CTA that   split-k, between namesakes in a cluster: sums
 //                      stores the warp's rows         have come; or in the others, were read
 //
-// Shared memory: smem_layout.h. The producer runs ahead across tile borders and writes beside a
-// tile's first stage which tile it is, so the math warpgroups need no schedule of their own. They
-// share nothing but the ring: they drift apart by up to its depth, so one's epilogue runs under
-// the other's wgmma.
+// Shared memory: smem_layout.h. The producers run ahead across tile borders, and beside a tile's
+// first stage stands which tile it is, so the math warpgroups need no schedule of their own. They
+// share nothing but the ring: they drift apart by up to its depth, so one's epilogue runs under the
+// other's wgmma.
 //
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
 // kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM, kRotatesK,
@@ -57,7 +58,12 @@ namespace dg {
 
 constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
 constexpr int kThreads = kWarpgroupThreads + kMathThreads;
-constexpr int kStartThreads = 32 + kMathThreads;  // with a role
+
+// Named barriers; those from 1 on are the math warpgroups' own (epilogue.cuh).
+constexpr int kTilesCounted = 0;
+constexpr int kCountThreads = 32 + kMathThreads;  // the operand warp, who waits for its count
+constexpr int kBarriersMade = 1 + config::kMathWarpgroups;
+constexpr int kMakeThreads = 64;  // the producers
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
@@ -72,85 +78,124 @@ static_assert(config::kClusterK == 1 || (kWaves == 1 && kMulticast == 1),
 static_assert(4 % config::kClusterK == 0, "split-k hands out whole warps' rows");
 static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM");
 
-// --- 2. Producer ---------------------------------------------------------------------------------
+// --- 2. Producers --------------------------------------------------------------------------------
 
-// With multicast each CTA loads its part of the shared operand for the whole cluster.
+// Two warps walk through the same tiles and k-blocks: one copies A and B and tells the math warps
+// what the tile is, the other copies scales. What one warp would have to issue for all four takes
+// it 300 cycles, and a stage of small tiles lasts no longer.
+
+// An operand's part that one CTA loads: all of it, or with multicast a share, for the whole cluster.
 template <int kParts, int kRows>
-__device__ __forceinline__ void load_operand(uint32_t smem, const TensorMap& map, uint32_t full,
-                                             int k, int row) {
-  if constexpr (kParts == 1) {
-    tma_load_2d(smem, map, full, k, row);
-  } else {
-    constexpr int kPartRows = kRows / kParts;
-    const int part = cluster_ctarank();
-    tma_load_2d_multicast(smem + part * kPartRows * kBlockK, map, full, k, row + part * kPartRows,
-                          (1 << kParts) - 1);
+class OperandLoader {
+ public:
+  // `ring`: its stages in shared memory; `row`: the tile's first row.
+  __device__ OperandLoader(const TensorMap& map, uint32_t ring, int row) : map_(map) {
+    const int skipped = kParts == 1 ? 0 : cluster_ctarank() * (kRows / kParts);
+    ring_ = ring + skipped * kBlockK;
+    row_ = row + skipped;
   }
-}
 
-// Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks
-// does. Elsewhere the warp's lanes copy 4 bytes at a time, which takes the producer longer: nothing
-// is lost where a stage lasts 300 ns, a quarter where it lasts 200.
-__device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params) {
-  return params.sfa_pitch % 4 == 0;
-}
+  __device__ void load(int stage, uint32_t full, int k) const {
+    const uint32_t smem = ring_ + stage * (kRows * kBlockK);
+    if constexpr (kParts == 1) {
+      tma_load_2d(smem, map_, full, k, row_);
+    } else {
+      tma_load_2d_multicast(smem, map_, full, k, row_, (1 << kParts) - 1);
+    }
+  }
 
-// Arrivals on a full barrier beside the one that announces bytes: those of each thread that copies
-// scales.
-__device__ __forceinline__ int scale_arrivals(const KernelParams& params) {
-  return copies_scales_in_bulk(params) ? 1 : 32;
-}
+ private:
+  const TensorMap& map_;
+  uint32_t ring_;
+  int row_;
+};
 
-// Copies a tile's k-blocks into the stages from `ring` on: one thread with kBulkScales, a warp
-// without.
-template <bool kBulkScales>
-__device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map_a,
-                                          const TensorMap& map_b, const KernelParams& params,
-                                          const KRange& range, const Tile& tile,
-                                          RingPosition ring) {
-  const bool leader = kBulkScales || elect_sync();
-  const int start = range.start(tile, params.m);
-  const int b_row = tile.group * config::kN + tile.n;
-  // A stage's SFA begins with the multiple of 4 rows at or below the tile's first. Rows past the
-  // end of A keep old scales.
-  const int sfa_row = tile.m & ~3;
-  const int sfa_rows = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row));
-  const int sfa_bytes = kBulkScales ? sfa_rows * 4 : 0;
+// The operand warp's part of a tile: A and B of its k-blocks, into the stages from `ring` on. The
+// whole warp steps through them, because then addresses live in uniform registers, where TMA takes
+// them from; one thread issues.
+//
+// With tall tiles few stages fit, and how soon a stage that became free is asked for is time that
+// the tensor cores wait: as little as can be stands between the wait and the copies.
+__device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap& map_a,
+                                              const TensorMap& map_b, const KernelParams& params,
+                                              const KRange& range, const Tile& tile,
+                                              RingPosition ring) {
   // Boxes of A that hold rows of the tile, one at least. What lies in shared memory where the
   // others would, makes rows of D that nobody stores. TMA takes about 8 cycles for a row that it
   // fills with zeros, past the end of A, and 3 for one that it copies: m = 1 took 1.7 times as long
   // as m = 64.
   const int a_rows = max(1, ceil_div(min(config::kBlockM, tile.rows), params.a_box)) * params.a_box;
   const int a_bytes = config::kClusterN > 1 ? kLayout.a_bytes() : a_rows * kBlockK;
-  const float* const sfa = params.sfa + sfa_row;
-  const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
-  const int n_block = tile.n / 128;
-  // A handful of copies per k-block is all this warp has to issue; unrolled they would not fit into
-  // the producer's registers.
+  const OperandLoader<config::kClusterN, config::kBlockM> a(map_a, smem.a(0), tile.m);
+  const OperandLoader<config::kClusterM, config::kBlockN> b(map_b, smem.b(0),
+                                                            tile.group * config::kN + tile.n);
+  int k_block = range.first(tile, params.m);
+  // A handful of copies per k-block is all there is to issue; unrolled they would not fit into the
+  // producers' registers.
 #pragma unroll 1
-  for (int i = 0; i < range.count(); ++i, ring.advance()) {
-    const int k_block = range.block(i, start);
+  for (int left = range.count(); left > 0; --left) {
     const int stage = ring.stage();
     const uint32_t full = smem.full(stage);
+    const int k = k_block * kBlockK;
     mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-    const float* const sfa_block = sfa + size_t(k_block) * params.sfa_pitch;
-    if (leader) {
-      if (i == 0) {
-        st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
-      }
-      mbarrier_arrive_expect_tx(full, a_bytes + kLayout.b_bytes() + sfa_bytes);
-      const int k = k_block * kBlockK;
-      load_operand<config::kClusterM, config::kBlockN>(smem.b(stage), map_b, full, k, b_row);
-      load_operand<config::kClusterN, config::kBlockM>(smem.a(stage), map_a, full, k, tile.m);
+    if (elect_sync()) {
+      mbarrier_expect_tx(full, a_bytes + kLayout.b_bytes());
+      b.load(stage, full, k);
+      a.load(stage, full, k);
       if constexpr (config::kClusterN == 1) {
         // Seldom more than one. The first is not in the loop: TMA reads the registers that a loop
-        // steps long after it is issued, and small tiles leave the producer 300 cycles a stage.
+        // steps long after it is issued.
 #pragma unroll 1
         for (int row = params.a_box; row < a_rows; row += params.a_box) {
           tma_load_2d(smem.a(stage) + row * kBlockK, map_a, full, k, tile.m + row);
         }
       }
-      if (sfa_bytes > 0) bulk_load(smem.sfa(stage), sfa_block, sfa_bytes, full);
+      if (left == range.count()) {
+        st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
+      }
+      mbarrier_arrive(full);
+    }
+    k_block = range.next(k_block);
+    ring.advance();
+  }
+}
+
+// Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks
+// does. Elsewhere the warp's lanes copy 4 bytes at a time.
+__device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params) {
+  return params.sfa_pitch % 4 == 0;
+}
+
+// Arrivals of the scale warp on a full barrier: one of each thread that copies.
+__device__ __forceinline__ int scale_arrivals(const KernelParams& params) {
+  return copies_scales_in_bulk(params) ? 1 : 32;
+}
+
+// The scale warp's part of a tile: SFA and SFB of its k-blocks.
+template <bool kBulk>
+__device__ __forceinline__ void load_scales(const Smem& smem, const KernelParams& params,
+                                            const KRange& range, const Tile& tile,
+                                            RingPosition ring) {
+  // A stage's SFA begins with the multiple of 4 rows at or below the tile's first. Rows past the
+  // end of A keep old scales.
+  const int sfa_row = tile.m & ~3;
+  const int sfa_rows = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row));
+  const float* const sfa = params.sfa + sfa_row;
+  const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
+  const int n_block = tile.n / 128;
+  int k_block = range.first(tile, params.m);
+#pragma unroll 1
+  for (int left = range.count(); left > 0; --left) {
+    const int stage = ring.stage();
+    const uint32_t full = smem.full(stage);
+    mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
+    const float* const sfa_block = sfa + size_t(k_block) * params.sfa_pitch;
+    const bool leader = elect_sync();
+    if (leader) {
+      if (kBulk && sfa_rows > 0) {
+        mbarrier_expect_tx(full, sfa_rows * 4);
+        bulk_load(smem.sfa(stage), sfa_block, sfa_rows * 4, full);
+      }
 #pragma unroll
       for (int block = 0; block < kTileScaleBlocks; ++block) {
         // Columns past n have no scale of their own and need none.
@@ -158,46 +203,73 @@ __device__ __forceinline__ void load_tile(const Smem& smem, const TensorMap& map
         cp_async_4(smem.sfb(stage) + 4 * block, sfb + row * kKBlocks + k_block);
       }
     }
-    if constexpr (!kBulkScales) {
+    if constexpr (!kBulk) {
 #pragma unroll 1
       for (int row = laneid(); row < sfa_rows; row += 32) {
         cp_async_4(smem.sfa(stage) + 4 * row, sfa_block + row);
       }
     }
-    cp_async_mbarrier_arrive(full);
+    if (!kBulk || leader) cp_async_mbarrier_arrive(full);
+    k_block = range.next(k_block);
+    ring.advance();
   }
 }
 
-// Announces a tile without k-blocks, which takes one stage.
-__device__ __forceinline__ void announce_tile(const Smem& smem, const KernelParams& params,
-                                              const Tile& tile, const RingPosition& ring) {
+// A tile without k-blocks takes one stage, in which each producer arrives as often as in others.
+__device__ __forceinline__ void announce_tile(const Smem& smem, const Tile& tile,
+                                              const RingPosition& ring) {
   const int stage = ring.stage();
   mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
   st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
-  for (int i = 0; i < 1 + scale_arrivals(params); ++i) mbarrier_arrive(smem.full(stage));
+  mbarrier_arrive(smem.full(stage));
 }
 
-__device__ __forceinline__ void produce(const Smem& smem, const TensorMap& map_a,
-                                        const TensorMap& map_b, const KernelParams& params) {
+__device__ __forceinline__ void pass_tile(const Smem& smem, const KernelParams& params,
+                                          const RingPosition& ring) {
+  const int stage = ring.stage();
+  mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
+  for (int i = 0; i < scale_arrivals(params); ++i) mbarrier_arrive(smem.full(stage));
+}
+
+__device__ __forceinline__ void produce_operands(const Smem& smem, const TensorMap& map_a,
+                                                 const TensorMap& map_b,
+                                                 const KernelParams& params) {
   Scheduler scheduler(params);
   const int count = scheduler.multiply_count();
   if (elect_sync()) st_shared_s32(smem.tile_count(), count);
   __syncwarp();
-  barrier_arrive(0, kStartThreads);
+  barrier_arrive(kTilesCounted, kCountThreads);
   if constexpr (kClusterSize > 1) barrier_cluster_wait();
   const KRange range;
   RingPosition ring;
   while (true) {
     const Tile tile = scheduler.next();
     const bool loads = tile.kind >= kMultiply;
-    if (loads && !copies_scales_in_bulk(params)) {
-      load_tile<false>(smem, map_a, map_b, params, range, tile, ring);
+    if (loads) {
+      load_operands(smem, map_a, map_b, params, range, tile, ring);
     } else if (elect_sync()) {
-      if (loads) {
-        load_tile<true>(smem, map_a, map_b, params, range, tile, ring);
-      } else {
-        announce_tile(smem, params, tile, ring);
-      }
+      announce_tile(smem, tile, ring);
+    }
+    __syncwarp();
+    if (tile.kind == kStop) break;
+    ring.advance(loads ? range.count() : 1);
+  }
+}
+
+__device__ __forceinline__ void produce_scales(const Smem& smem, const KernelParams& params) {
+  Scheduler scheduler(params);
+  barrier_sync(kBarriersMade, kMakeThreads);
+  const KRange range;
+  RingPosition ring;
+  while (true) {
+    const Tile tile = scheduler.next();
+    const bool loads = tile.kind >= kMultiply;
+    if (!loads) {
+      if (elect_sync()) pass_tile(smem, params, ring);
+    } else if (copies_scales_in_bulk(params)) {
+      load_scales<true>(smem, params, range, tile, ring);
+    } else {
+      load_scales<false>(smem, params, range, tile, ring);
     }
     __syncwarp();
     if (tile.kind == kStop) break;
@@ -297,10 +369,10 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Smem smem = {smem_address(dynamic_smem)};
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  // Warpgroup 0 produces; the math warpgroups follow.
-  const bool producer = warp == 0;
+  // Warpgroup 0 produces, with two of its warps; the math warpgroups follow.
+  const bool makes_barriers = warp == 0;
 
-  if (producer && elect_sync()) {
+  if (makes_barriers && elect_sync()) {
     prefetch_tensormap(map_a);
     prefetch_tensormap(map_b);
     for (int stage = 0; stage < config::kNumStages; ++stage) {
@@ -315,22 +387,24 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     fence_mbarrier_init();
   }
   __syncwarp();
+  if (makes_barriers) barrier_arrive(kBarriersMade, kMakeThreads);
 
-  // Before anything is sent to a peer, its barriers must exist. The producer looks for its first
-  // tile meanwhile.
+  // Before anything is sent to a peer, its barriers must exist. The operand warp looks for its
+  // first tile meanwhile.
   if constexpr (kClusterSize > 1) {
     barrier_cluster_arrive_relaxed();
-    if (!producer) barrier_cluster_wait();
+    if (!makes_barriers) barrier_cluster_wait();
   }
 
   if (warp < 4) {
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_dec<40>();
-    if (producer) produce(smem, map_a, map_b, params);
+    if (warp == 0) produce_operands(smem, map_a, map_b, params);
+    if (warp == 1) produce_scales(smem, params);
   } else {
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_inc<232>();
-    // The producer made the barriers and goes on at once; the others wait for them, and for the
+    // The operand warp made the barriers and goes on at once; the others wait for them, and for the
     // number of tiles.
-    barrier_sync(0, kStartThreads);
+    barrier_sync(kTilesCounted, kCountThreads);
     multiply(smem, map_d, params, warp / 4 - 1);
   }
 

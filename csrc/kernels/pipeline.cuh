@@ -1,11 +1,11 @@
-// The tile's geometry, and the ring of shared-memory stages between the producer and the math
+// The tile's geometry, and the ring of shared-memory stages between the producers and the math
 // warpgroups.
 //
-// Each stage has two mbarriers. `full`: the producer announces the stage's bytes (1 arrival), TMA
-// delivers them; B's scales, which are too few for TMA, are another arrival, and A's scales, too,
-// 31 more where they are not aligned for it. `empty`: every math warp arrives once it no longer
-// reads the stage; with multicast it arrives in each CTA of the cluster, because the peer's loads
-// write here too.
+// Each stage has two mbarriers. `full`: the operand warp announces the bytes of A and B (1 arrival)
+// and TMA delivers them; the scale warp arrives with B's scales, which are too few for TMA, after
+// it has announced the bytes of A's, or with 32 lanes that copied those 4 bytes at a time. `empty`:
+// every math warp arrives once it no longer reads the stage; with multicast it arrives in each CTA
+// of the cluster, because the peer's loads write here too.
 #pragma once
 
 namespace dg {

@@ -185,6 +185,12 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
                : "memory");
 }
 
+// Bytes to wait for, before the arrival that the phase cannot end without.
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
 // NOTE: the default semantics (release at CTA scope) cost one instruction; asking for cluster scope
 // adds a MEMBAR.ALL.GPU that made a streaming kernel 2 to 5 times slower. An arrival that frees a
 // ring slot for a peer does without: the peer writes A and B, which completed wgmma have read.

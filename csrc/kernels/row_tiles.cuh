@@ -2,7 +2,7 @@
 //
 // Dense: equal pieces. Grouped: the cut follows numbers in device memory, so nothing on the host
 // knows how many pieces there are. Rows come in runs (of one group, or of rows that become zero),
-// and every run is cut on its own. The producer warp looks them up, 32 runs (a page) at a time, one
+// and every run is cut on its own. The producer warps look them up, 32 runs (a page) at a time, one
 // for each lane:
 //
 //   once     a pass over all pages counts row tiles; of every page, or every few, a lane keeps how

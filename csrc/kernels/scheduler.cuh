@@ -1,5 +1,6 @@
-// Which output tiles a CTA computes, in which order, and over which part of k. The producer asks
-// for one tile after the other and hands what the math warpgroups need to know through the ring.
+// Which output tiles a CTA computes, in which order, and over which part of k. Each producer asks
+// for one tile after the other; the operand warp hands what the math warpgroups need to know
+// through the ring.
 //
 // The grid is persistent: cluster c computes tiles c, c + C, c + 2C, ... of C clusters at work.
 // Tiles are numbered so that those in flight at the same time form a compact rectangle of D: down
@@ -19,7 +20,7 @@ struct Tile {
   int n;     // first column of D
   int rows;  // rows from m on that D takes; may be more than the tile has, or none
   TileKind kind;
-  // The producer alone knows the rest.
+  // The producers alone know the rest.
   int group;  // matrix of B
 };
 
@@ -114,18 +115,20 @@ class KRange {
 
   __device__ int count() const { return count_; }
 
-  // The i-th k-block of a tile of `rows` rows of A is block(i, start(tile, rows)).
-  __device__ int start(const Tile& tile, int rows) const {
-    // Taller tiles are for matrices with many rows.
-    if (!config::kRotatesK || kRowsPerCluster > 128 || rows > kRowsPerCluster) return 0;
-    return tile.n / kColumnsPerCluster * count_ / kTileColumns;
+  // The first k-block of a tile of a matrix of `rows` rows, and the one that follows another.
+  __device__ int first(const Tile& tile, int rows) const {
+    if (!kRotates || rows > kRowsPerCluster) return begin_;
+    return begin_ + tile.n / kColumnsPerCluster * count_ / kTileColumns;
   }
-  __device__ int block(int i, int start) const {
-    const int rotated = i + start;
-    return begin_ + (rotated < count_ ? rotated : rotated - count_);
+  __device__ int next(int block) const {
+    ++block;
+    return kRotates && block == begin_ + count_ ? begin_ : block;
   }
 
  private:
+  // Taller tiles are for matrices with many rows.
+  static constexpr bool kRotates = config::kRotatesK && kRowsPerCluster <= 128;
+
   int begin_;
   int count_;
 };
