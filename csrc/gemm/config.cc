@@ -10,11 +10,7 @@ namespace {
 // More rows than this per swath would only be one swath.
 constexpr int kMaxRasterRows = 1024;
 
-// Accumulator registers per thread (running totals of all waves and one wgmma result) that leave
-// room for addresses and scales: 232 registers per thread beside a producer, 255 alone.
-constexpr int kMaxAccumulators = 192;
-
-// The exchange of partial sums takes some more.
+// The exchange of partial sums takes some more than kMaxAccumulators leave.
 constexpr int kMaxSplitKAccumulators = 176;
 
 std::string Sentence(const std::string& name, int value, const std::string& rule) {
@@ -117,7 +113,7 @@ std::string WhyMalformed(const GemmConfig& config) {
   const SmemLayout smem = config.smem();
   if (config.block_n % (smem.splits_rows() ? 8 : 8 * warpgroups) != 0) {
     return Sentence("block_n", config.block_n,
-                    "a multiple of 16 where two warpgroups split 64-row tiles by columns");
+                    "a multiple of 16 where two warpgroups split a tile's columns");
   }
   const int clusters[] = {config.cluster_m, config.cluster_n, config.cluster_k};
   if (std::count(std::begin(clusters), std::end(clusters), 1) < 2) {
@@ -139,7 +135,7 @@ std::string WhyMalformed(const GemmConfig& config) {
   if (config.cluster_k > 1 && smem.waves() > 1) {
     return "cluster_k > 1 needs 64 rows per math warpgroup";
   }
-  const int accumulators = (smem.waves() + 1) * smem.warpgroup_n() / 2;
+  const int accumulators = smem.accumulators();
   const int limit = config.cluster_k > 1 ? kMaxSplitKAccumulators : kMaxAccumulators;
   if (accumulators > limit) {
     return "a tile of " + std::to_string(config.block_m) + "x" + std::to_string(config.block_n) +

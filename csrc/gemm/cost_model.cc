@@ -65,8 +65,8 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
     const double rate = model.l2_bytes_per_us * (tiling.rounds <= 3 ? model.in_step : 1);
     l2 = shared * ctas / rate * 1e3 * model.clock_ghz;
   }
-  const double shortest = problem.m % 4 == 0 ? model.min_k_block_cycles : model.min_copy_cycles;
-  const double k_block = std::max({math, fill, l2, shortest}) + model.exposed_l2 * l2;
+  const double k_block =
+      std::max({math, fill, l2, model.min_k_block_cycles}) + model.exposed_l2 * l2;
 
   const double boxes = columns / smem.store_cols();
   const double epilogue =
@@ -79,8 +79,9 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
 
   // Weights come more slowly where too few or too many of their bytes are in flight, as few are in
   // a last round without tiles for all.
+  const double in_use = model.stage_in_use + (smem.queues() ? 1 : 0);
   const double in_flight_us =
-      tiling.stage_bytes(config) * (config.num_stages - model.stage_in_use) / hbm_bytes_per_us;
+      tiling.stage_bytes(config) * (config.num_stages - in_use) / hbm_bytes_per_us;
   const auto slowdown = [&](double us) {
     return 1 + model.shallow_cost * std::max(0.0, model.shallow_us / us - 1) +
            model.deep_cost * std::max(0.0, us / model.deep_us - 1);

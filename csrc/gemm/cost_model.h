@@ -12,7 +12,9 @@ namespace dg {
 // grouped, on an H100 SXM with a cold, clean L2; for ten more problems of prefill the earlier
 // model, fitted to timings of its own, says how configurations compare. On all of them, what is
 // selected is 0.5 % slower than the fastest configuration by geometric mean and 6 % at worst; two
-// of the (n, k) took no part in the fit and are no worse. docs/performance.md has the sweep.
+// of the (n, k) took no part in the fit and are no worse. docs/performance.md has the sweep. The
+// kernels have become faster since; on a sweep of what runs now (58 problems, 1344 pairs) it is
+// 0.4 % and 4 %.
 struct CostModel {
   double clock_ghz = 1.66;               // while multiplying FP8
   double hbm_share = 0.875;              // of the peak, streaming weights
@@ -20,7 +22,6 @@ struct CostModel {
   double in_step = 1.39;                 // more of it in the first three rounds
   double sm_bytes_per_cycle = 58;        // what one SM takes in through TMA
   double min_k_block_cycles = 263;       // full wait, wgmma, empty arrival, in a row
-  double min_copy_cycles = 400;          // the same where lanes copy SFA, m no multiple of 4
   double gap_cycles = 64;                // between a wgmma and its warpgroup's next one
   double launch_us = 1.15;               // launch, first loads, last store
   double second_warpgroup_us = 0.2;      // more of it with two math warpgroups
@@ -43,7 +44,7 @@ struct CostModel {
   double shallow_cost = 0.72;  // per factor of bytes that are missing
   double deep_us = 1.82;
   double deep_cost = 0.046;    // per factor of bytes that are too many
-  double stage_in_use = 0.32;  // stages that are full but not free
+  double stage_in_use = 0.32;  // stages that are full but not free, beside one where a wave queues
 };
 
 // The constants by name, for who fits them.
@@ -58,7 +59,6 @@ inline constexpr CostConstant kCostConstants[] = {
     {"in_step", &CostModel::in_step},
     {"sm_bytes_per_cycle", &CostModel::sm_bytes_per_cycle},
     {"min_k_block_cycles", &CostModel::min_k_block_cycles},
-    {"min_copy_cycles", &CostModel::min_copy_cycles},
     {"gap_cycles", &CostModel::gap_cycles},
     {"launch_us", &CostModel::launch_us},
     {"second_warpgroup_us", &CostModel::second_warpgroup_us},

@@ -26,7 +26,8 @@ int MostStages(GemmConfig config) {
 // As many stages as keep the memory busy, if they fit.
 int Stages(const GemmProblem& problem, const GemmConfig& config) {
   const double wanted = kWantedInFlightUs * problem.memory_gbs * 1e3;
-  const double stages = std::ceil(wanted / Tiling(problem, config).stage_bytes(config));
+  const double stages = std::ceil(wanted / Tiling(problem, config).stage_bytes(config)) +
+                        (config.smem().queues() ? 1 : 0);
   return static_cast<int>(
       std::min<double>(MostStages(config), std::max<double>(kFewestStages, stages)));
 }
@@ -56,7 +57,9 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem) {
   // than they save in quantisation.
   constexpr int kBlockNs[] = {16, 32, 64, 96, 128, 160, 192, 224, 256};
   std::vector<GemmConfig> candidates;
-  for (int block_m : {256, 128, 64}) {
+  // The model takes 128x256 and 256x128 for equal. The first one wins: it wastes less where groups
+  // end, and was up to 3 % faster.
+  for (int block_m : {128, 256, 64}) {
     for (int warpgroups : {1, 2}) {
       for (int block_n : kBlockNs) {
         for (const auto& cluster : kClusters) {

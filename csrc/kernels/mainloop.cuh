@@ -3,7 +3,7 @@
 
 namespace dg {
 
-// What a math warpgroup knows of a tile; the producer writes it into the tile's first stage.
+// What a math warpgroup knows of a tile; the operand warp writes it into the tile's first stage.
 struct MathTile {
   int m;
   int n;
@@ -84,13 +84,13 @@ class Mainloop {
     read_scales(0);
     issue(even, 0);
     combine_scales();
-    int left = k_blocks_ - 1;
+    int left = opaque(k_blocks_ - 1);
     for (; left >= 2; left -= 2) {
-      step(total, even, odd);
-      step(total, odd, even);
+      queue(total, even, odd);
+      queue(total, odd, even);
     }
     if (left == 1) {
-      step(total, even, odd);
+      queue(total, even, odd);
       last(total, odd);
     } else {
       last(total, even);
@@ -109,6 +109,28 @@ class Mainloop {
     }
     second_wave(total_0, partial_0, partial_1);
     last(total_1, partial_1);
+  }
+
+  // A number that ptxas does not know, so that it neither peels nor rotates the loop that counts it
+  // down: it would copy accumulators that a wgmma is still writing, and serialise all of them.
+  __device__ static int opaque(int count) {
+    asm volatile("" : "+r"(count));
+    return count;
+  }
+
+  // Starts the next k-block in `next`, behind the wgmma that still makes `done`, so that the tensor
+  // cores go from one to the other at once; then promotes `done`.
+  __device__ void queue(float (&total)[kAccumulators], float (&done)[kAccumulators],
+                        float (&next)[kAccumulators]) {
+    look_ahead();
+    const int stage = stage_;
+    acquire();
+    read_scales(0);
+    issue(next, 0);
+    drain<1>(done);
+    release(stage);
+    add(total, done);
+    combine_scales();
   }
 
   // Finishes `done`, starts the next k-block in `next`, and promotes while that one runs.
@@ -201,8 +223,10 @@ class Mainloop {
     }
   }
 
+  // Waits for the wgmma that makes `partial`; kLater others were issued after it.
+  template <int kLater = 0>
   __device__ void drain(float (&partial)[kAccumulators]) {
-    wgmma_wait_group<0>();
+    wgmma_wait_group<kLater>();
     pin(partial);
   }
 

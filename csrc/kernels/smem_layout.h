@@ -30,6 +30,10 @@ constexpr int kWgmmaM = 64;
 // Threads of a warpgroup, the unit that issues wgmma.
 constexpr int kWarpgroupThreads = 128;
 
+// Accumulator registers per thread (running totals of all waves and wgmma results) that leave room
+// for addresses and scales: 232 registers per thread beside a producer, 255 alone.
+constexpr int kMaxAccumulators = 192;
+
 // How a tile is cut over math warpgroups, and where its parts lie in shared memory.
 struct SmemLayout {
   int block_m;
@@ -38,17 +42,32 @@ struct SmemLayout {
   int math_warpgroups;
   int cluster_k;
 
-  // Warpgroups split the rows of a tile while there are 64 for each, its columns otherwise.
-  constexpr bool splits_rows() const { return block_m >= kWgmmaM * math_warpgroups; }
+  // Warpgroups split the rows of a tile while there are 64 for each, its columns otherwise; also the
+  // columns of 128 rows that are too long for registers: then each has two waves, of half the width.
+  constexpr bool splits_rows() const {
+    if (block_m < kWgmmaM * math_warpgroups) return false;
+    return accumulators(block_m / math_warpgroups, block_n) <= kMaxAccumulators || block_m > 128;
+  }
   constexpr int warpgroup_m() const { return splits_rows() ? block_m / math_warpgroups : block_m; }
   constexpr int warpgroup_n() const { return splits_rows() ? block_n : block_n / math_warpgroups; }
 
   // A warpgroup works through its rows in waves of 64: one wgmma accumulator serves all of them.
   constexpr int waves() const { return warpgroup_m() / kWgmmaM; }
 
+  // Registers of a thread whose warpgroup has so much of a tile: totals, and one wgmma's result.
+  static constexpr int accumulators(int rows, int columns) {
+    return (rows / kWgmmaM + 1) * columns / 2;
+  }
+  constexpr int accumulators() const { return accumulators(warpgroup_m(), warpgroup_n()); }
+
   // With a second set of accumulators the next wgmma runs while the last one's result is promoted.
   // Where its registers do not fit beside the totals, the other warpgroup has to fill the gap.
-  constexpr bool overlaps_promotion() const { return (waves() + 2) * warpgroup_n() / 2 <= 192; }
+  constexpr bool overlaps_promotion() const {
+    return accumulators() + warpgroup_n() / 2 <= kMaxAccumulators;
+  }
+
+  // A lone wave's next wgmma is queued before the last one is done: two stages are in use.
+  constexpr bool queues() const { return waves() == 1 && overlaps_promotion(); }
 
   // Rows of a wave that one CTA stores, and the warps that hold them: with split-k each CTA of the
   // cluster owns a slice.

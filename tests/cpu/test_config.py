@@ -243,8 +243,11 @@ RULES: list[tuple[dict[str, int], str]] = [
     ({"block_n": 264}, "block_n must be a multiple of 8 between 16 and 256, got 264"),
     (
         {"block_n": 72, "math_warpgroups": 2},
-        "block_n must be a multiple of 16 where two warpgroups split 64-row tiles by columns, "
-        "got 72",
+        "block_n must be a multiple of 16 where two warpgroups split a tile's columns, got 72",
+    ),
+    (
+        {"block_n": 200, "block_m": 128, "math_warpgroups": 2},
+        "block_n must be a multiple of 16 where two warpgroups split a tile's columns, got 200",
     ),
     (
         {"cluster_m": 2, "cluster_n": 2},
@@ -273,8 +276,8 @@ RULES: list[tuple[dict[str, int], str]] = [
         "cluster_k must be at most the number of k-blocks (3), got 4",
     ),
     (
-        {"block_m": 128, "block_n": 256, "math_warpgroups": 2},
-        "a tile of 128x256 needs 256 accumulator registers per thread of 2 math warpgroups, "
+        {"block_m": 256, "block_n": 136, "math_warpgroups": 2},
+        "a tile of 256x136 needs 204 accumulator registers per thread of 2 math warpgroups, "
         "the limit is 192",
     ),
     # Four waves of 64 rows each: the kernel has one or two.
@@ -333,6 +336,7 @@ def test_just_inside_the_rules() -> None:
         {"block_n": 192},
         {"block_n": 256, "math_warpgroups": 2, "num_stages": 3},
         {"block_m": 128, "block_n": 192, "math_warpgroups": 2},
+        {"block_m": 128, "block_n": 256, "math_warpgroups": 2, "num_stages": 3},
         {"block_m": 256, "block_n": 128, "math_warpgroups": 2, "num_stages": 2},
         {"cluster_k": 4, "k": 512},
         {"cluster_k": 4, "num_sms": 4},
@@ -401,6 +405,8 @@ CORNERS = [
     GemmConfig(128, 128, 2, 1),
     GemmConfig(128, 128, 2, 2, cluster_k=2),
     GemmConfig(128, 24, 2, 2, cluster_n=2),
+    GemmConfig(128, 208, 2, 2),
+    GemmConfig(128, 256, 3, 2, cluster_m=2),
     GemmConfig(256, 128, 2, 2, cluster_m=2),
 ]
 
