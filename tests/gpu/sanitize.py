@@ -60,6 +60,7 @@ DENSE_CASES = [
     ((333, 392, 144), GemmConfig(128, 72, 3, 2, raster_m=1)),
     ((333, 392, 272), GemmConfig(256, 128, 3, 2)),
     ((333, 264, 400), GemmConfig(128, 96, 3, 2, cluster_m=2)),
+    ((333, 520, 272), GemmConfig(128, 256, 3, 2, cluster_m=2)),
     ((200, 264, 400), GemmConfig(64, 64, 3, 1, cluster_n=2)),
     ((333, 392, 272), GemmConfig(256, 64, 3, 2, cluster_n=2)),
     ((130, 264, 656), GemmConfig(64, 64, 2, 1, cluster_k=2)),
@@ -80,6 +81,7 @@ GROUPED_CASES = [
     (Problem("ragged", 5, 222, 264, 656), RAGGED, GemmConfig(64, 64, 2, 1, cluster_k=2)),
     (Problem("masked", 3, 71, 136, 304), MASKED[:3], GemmConfig(64, 112, 4, 2)),
     (Problem("masked", 4, 70, 264, 400), MASKED, GemmConfig(128, 96, 3, 2, cluster_n=2)),
+    (Problem("masked", 4, 70, 264, 272), MASKED, GemmConfig(128, 224, 2, 2)),
     (Problem("contiguous", 3, 405, 136, 304), [*CONTIGUOUS, -1], GemmConfig(64, 64, 4, 1)),
     (Problem("contiguous", 3, 404, 264, 656), CONTIGUOUS, GemmConfig(256, 64, 3, 2)),
 ]

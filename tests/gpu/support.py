@@ -53,6 +53,9 @@ CONFIGS = [
     GemmConfig(128, 136, 4, 2),
     GemmConfig(128, 176, 4, 2),
     GemmConfig(128, 192, 2, 2, raster_m=1),
+    # Split by columns, because rows do not fit into registers.
+    GemmConfig(128, 208, 2, 2),
+    GemmConfig(128, 256, 3, 2, raster_m=3),
     # Two waves each.
     GemmConfig(256, 40, 3, 2),
     GemmConfig(256, 64, 4, 2),
@@ -63,12 +66,14 @@ CONFIGS = [
     GemmConfig(64, 96, 4, 2, cluster_m=2),
     GemmConfig(128, 128, 4, 2, cluster_m=2, raster_m=1),
     GemmConfig(128, 176, 3, 2, cluster_m=2),
+    GemmConfig(128, 256, 3, 2, cluster_m=2),
     GemmConfig(256, 64, 3, 2, cluster_m=2),
     # Multicast of A.
     GemmConfig(64, 64, 4, 1, cluster_n=2),
     GemmConfig(64, 176, 4, 2, cluster_n=2, raster_m=3),
     GemmConfig(128, 56, 2, 2, cluster_n=2),
     GemmConfig(128, 112, 4, 2, cluster_n=2),
+    GemmConfig(128, 224, 2, 2, cluster_n=2),
     GemmConfig(256, 128, 3, 2, cluster_n=2),
     # Split-k.
     GemmConfig(64, 64, 4, 1, cluster_k=2),

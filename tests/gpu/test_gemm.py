@@ -100,6 +100,7 @@ SAMPLE = [
     GemmConfig(64, 112, 4, 2),
     GemmConfig(256, 128, 3, 2, raster_m=3),
     GemmConfig(128, 128, 4, 2, cluster_m=2, raster_m=1),
+    GemmConfig(128, 256, 3, 2, cluster_m=2, raster_m=1),
     GemmConfig(128, 112, 4, 2, cluster_n=2),
     GemmConfig(64, 112, 4, 2, cluster_k=4),
     GemmConfig(128, 96, 2, 2, cluster_k=2),
