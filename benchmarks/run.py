@@ -14,4 +14,5 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 if __name__ == "__main__":
     RESULTS.mkdir(exist_ok=True)
     published = ["--shapes", "seed", "decode", "ragged", "--moe", "--chain", "--quantize"]
+    published += ["--baselines", "torch", "stream"]
     sys.exit(main(["bench", *published, "--output", str(RESULTS), *sys.argv[1:]]))

@@ -13,7 +13,8 @@ namespace dg::ffi {
 jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& config) {
   jit::KernelSource source;
   source.name = source.entry = KernelName(problem, config);
-  source.text = KernelText(problem, config, jit::GetEnvironment().racecheck);
+  const jit::Environment& environment = jit::GetEnvironment();
+  source.text = KernelText(problem, config, {environment.racecheck, environment.stream_only});
   for (const KernelFile& file : KernelFiles()) source.headers.push_back({file.name, file.text});
   return source;
 }

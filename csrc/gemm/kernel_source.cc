@@ -45,7 +45,7 @@ std::string KernelName(const GemmProblem& problem, const GemmConfig& config) {
 }
 
 std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
-                       bool every_thread_arrives) {
+                       const KernelSwitches& switches) {
   std::ostringstream text;
   const auto constant = [&](const char* name, int64_t value) {
     text << "constexpr int " << name << " = " << value << ";\n";
@@ -63,7 +63,8 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
   constant("kClusterK", config.cluster_k);
   constant("kRasterM", config.raster_m);
   constant("kRotatesK", problem.grouping == Grouping::kDense && !problem.batch_invariant);
-  constant("kArrivalsPerWarp", every_thread_arrives ? 32 : 1);
+  constant("kArrivalsPerWarp", switches.every_thread_arrives ? 32 : 1);
+  constant("kStreamsOnly", switches.streams_only);
   text << "}  // namespace dg::config\n\n"
        << "namespace dg {\n"
        << WgmmaFunction(config.smem().warpgroup_n(), problem.a_type, problem.b_type)

@@ -23,10 +23,17 @@ const std::vector<KernelFile>& KernelFiles();
 // "dg_gemm_fp8_bf16_dense_n2112_k7168_64x64_s12_w1_c1x1x4_r8".
 std::string KernelName(const GemmProblem& problem, const GemmConfig& config);
 
+// Kernels for who examines them.
+struct KernelSwitches {
+  // Threads that have read a stage say so each for itself, and not one lane for its warp, which
+  // racecheck takes for the only one that has.
+  bool every_thread_arrives;
+  // Stages are filled and freed, nothing is multiplied or stored: how long the loads alone take.
+  bool streams_only;
+};
+
 // The translation unit that defines it: constants, the wgmma instruction, #include "gemm.cuh".
-// `every_thread_arrives`: threads that have read a stage say so each for itself, and not one lane
-// for its warp, which racecheck takes for the only one that has.
 std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
-                       bool every_thread_arrives);
+                       const KernelSwitches& switches);
 
 }  // namespace dg

@@ -66,6 +66,7 @@ const Environment& GetEnvironment() {
       /*print_command=*/Switch("DG_JIT_PRINT_NVCC_COMMAND"),
       /*debug=*/Switch("DG_JIT_DEBUG"),
       /*racecheck=*/Switch("DG_RACECHECK"),
+      /*stream_only=*/Switch("DG_STREAM_ONLY"),
   };
   return environment;
 }

@@ -29,6 +29,8 @@ struct Environment {
   bool debug;
   // DG_RACECHECK: make kernels that compute-sanitizer's racecheck can follow, a little slower.
   bool racecheck;
+  // DG_STREAM_ONLY: make kernels that only load their operands; their results are garbage.
+  bool stream_only;
 };
 
 // The environment as it was at the first call.

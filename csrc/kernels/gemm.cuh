@@ -36,7 +36,7 @@
 //
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
 // kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM, kRotatesK,
-// kArrivalsPerWarp. m and the groups are run-time values: one kernel serves them all.
+// kArrivalsPerWarp, kStreamsOnly. m and the groups are run-time values: one kernel serves them all.
 #pragma once
 
 // clang-format off: each file uses the ones before it.
@@ -84,7 +84,8 @@ static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM")
 // what the tile is, the other copies scales. What one warp would have to issue for all four takes
 // it 300 cycles, and a stage of small tiles lasts no longer.
 
-// An operand's part that one CTA loads: all of it, or with multicast a share, for the whole cluster.
+// The part of an operand that one CTA loads: all of it, or with multicast a share, for all of the
+// cluster.
 template <int kParts, int kRows>
 class OperandLoader {
  public:
@@ -328,6 +329,10 @@ __device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_
   const int count = __shfl_sync(0xffffffff, ld_shared_s32(smem.tile_count()), 0);
   for (int i = 0; i < count; ++i) {
     const MathTile tile = mainloop.next_tile();
+    if constexpr (config::kStreamsOnly) {
+      mainloop.stream();
+      continue;
+    }
     if (config::kClusterK > 1 && i > 0) split_k.release();
     float total[kWaves][kAccumulators] = {};
     mainloop.run(total);

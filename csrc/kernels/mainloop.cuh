@@ -52,6 +52,16 @@ class Mainloop {
     }
   }
 
+  // What `run` waits for, without what it computes.
+  __device__ void stream() {
+    for (int left = k_blocks_;;) {
+      look_ahead();
+      release(stage_);
+      if (--left == 0) break;
+      acquire();
+    }
+  }
+
   // A tile without k-blocks has one stage.
   __device__ void skip() {
     look_ahead();

@@ -42,8 +42,8 @@ struct SmemLayout {
   int math_warpgroups;
   int cluster_k;
 
-  // Warpgroups split the rows of a tile while there are 64 for each, its columns otherwise; also the
-  // columns of 128 rows that are too long for registers: then each has two waves, of half the width.
+  // Warpgroups split the rows of a tile while there are 64 for each, its columns otherwise; its
+  // columns, too, where 64 rows are too long for registers: both waves then, of half the width.
   constexpr bool splits_rows() const {
     if (block_m < kWgmmaM * math_warpgroups) return false;
     return accumulators(block_m / math_warpgroups, block_n) <= kMaxAccumulators || block_m > 128;

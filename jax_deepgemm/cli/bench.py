@@ -7,11 +7,12 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,16 @@ import jax.numpy as jnp
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig, device
-from jax_deepgemm.cli import chain, machine, moe, quantizers, sweep, tables, torch_baseline
+from jax_deepgemm.cli import (
+    chain,
+    machine,
+    moe,
+    quantizers,
+    stream,
+    sweep,
+    tables,
+    torch_baseline,
+)
 from jax_deepgemm.cli.compare import (
     KEY_FIELDS,
     comparison_table,
@@ -36,7 +46,8 @@ from jax_deepgemm.cli.roofline import require_matplotlib, roofline_figure
 from jax_deepgemm.cli.shapes import DENSE, Shape, parse_count
 from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_call_us
 
-BASELINES = ("torch", "xla", "none")
+BASELINES = ("torch", "xla", "stream", "none")
+STREAM = ("-m", stream.__name__)  # what `python` runs for that baseline
 HOST_SHAPE = Shape.dense(64, 128, 128)
 
 # Operands and results of the problems that are on the GPU, and in a trace, at the same time.
@@ -77,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=BASELINES,
         default=["torch"],
         help="time beside ours: torch = cuBLASLt FP8 through torch._scaled_mm where torch is "
-        "installed, xla = dequantise to bf16 and XLA's dot (default: torch)",
+        "installed, xla = dequantise to bf16 and XLA's dot, stream = our kernel with its loads alone "
+        "(default: torch)",
     )
     parser.add_argument(
         "--moe",
@@ -285,7 +297,10 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
             if field in args.compare
         }
     for batch in batches(shapes, sweep.BATCH_SHAPES if args.sweep else len(shapes)):
-        for row in _measure(batch, flush, args, seed):
+        rows = _measure(batch, flush, args, seed)
+        if "stream" in args.baselines:
+            _add_streams(rows, args)
+        for row in rows:
             baselines = row.setdefault("baselines", {})
             if cublas:
                 baselines |= cublas["rows"].get(row_shape(row), {})
@@ -400,13 +415,38 @@ def _ask_torch(
     """The answer of `torch_baseline.py`, or why there is none."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
-    request |= {"shapes": shapes, "iterations": args.iterations, "dirty_l2": args.dirty_l2}
-    command = [sys.executable, str(torch_baseline.__file__), json.dumps(request)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    answer: dict[str, Any] | str
+    answer = _ask([str(torch_baseline.__file__)], args, {"shapes": shapes, **request})
+    return answer
+
+
+def _add_streams(rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Adds to rows of dense shapes how long the loads of the same kernel take alone."""
+    dense = [row for row in rows if row["op"] == DENSE and "failed" not in row]
+    if not dense:
+        return
+    kernels = [(row_shape(row), row["config"]) for row in dense]
+    answer = _ask(STREAM, args, {"kernels": kernels}, stream.ENVIRONMENT)
+    for i, row in enumerate(dense):
+        failed = isinstance(answer, str)
+        row.setdefault("baselines", {})
+        row["baselines"] |= {"stream_failed": answer} if failed else {"stream_us": answer[i]}
+
+
+def _ask(
+    program: Sequence[str],
+    args: argparse.Namespace,
+    request: dict[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> Any:
+    """The answer of a program that times something in a process of its own, or a str: its error."""
+    request |= {"iterations": args.iterations, "dirty_l2": args.dirty_l2}
+    command = [sys.executable, *program, json.dumps(request)]
+    variables = os.environ | dict(environment or {})
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if result.returncode:
         return result.stderr.strip()[-2000:]
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _write(document: dict[str, Any], output: Path) -> None:

@@ -364,6 +364,28 @@ class TestCommand:
         answer = bench._torch_baselines([GROUPED, SHAPE], arguments)
         assert answer["rows"] == {SHAPE: {"mnk": [64, 256, 384]}}
 
+    def test_streams_are_asked_for_with_their_configs(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    ) -> None:
+        code = (
+            "import json, os, sys\n"
+            "request = json.loads(sys.argv[1])\n"
+            "assert os.environ['DG_STREAM_ONLY'] == '1'\n"
+            "print(json.dumps([config['block_n'] for _, config in request['kernels']]))"
+        )
+        (tmp_path / "answer.py").write_text(code)
+        monkeypatch.setattr(bench, "STREAM", [str(tmp_path / "answer.py")])
+        arguments = argparse.Namespace(iterations=2, dirty_l2=False)
+        rows = [harness.shape_row(shape, CONFIGS[0]) for shape in (GROUPED, SHAPE, SHAPE)]
+        rows[1]["failed"] = "it raised"
+        bench._add_streams(rows, arguments)
+        assert "baselines" not in rows[0] | rows[1]
+        assert rows[2]["baselines"] == {"stream_us": CONFIGS[0].block_n}
+
+        (tmp_path / "answer.py").write_text("raise SystemExit('no GPU here')")
+        bench._add_streams(rows, arguments)
+        assert rows[2]["baselines"]["stream_failed"] == "no GPU here"
+
     def test_without_a_gpu(self) -> None:
         root = pathlib.Path(__file__).parents[2]
         package_root = str(pathlib.Path(jax_deepgemm.__file__).parents[1])

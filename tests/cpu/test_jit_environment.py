@@ -42,8 +42,14 @@ def test_switches_off_print_nothing(value: str, tmp_path: Path) -> None:
     assert run(COMPILE, tmp_path, **dict.fromkeys(SWITCHES, value)).stderr == ""
 
 
-@pytest.mark.parametrize(("value", "arrivals"), [("1", 32), ("0", 1), ("", 1)])
-def test_racecheck_lets_every_thread_arrive(value: str, arrivals: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["1", "0", ""])
+@pytest.mark.parametrize(
+    ("switch", "constant", "on", "off"),
+    [("DG_RACECHECK", "kArrivalsPerWarp", 32, 1), ("DG_STREAM_ONLY", "kStreamsOnly", 1, 0)],
+)
+def test_switch_makes_other_kernels(
+    switch: str, constant: str, on: int, off: int, value: str, tmp_path: Path
+) -> None:
     body = """
 from jax_deepgemm import GemmConfig
 from jax_deepgemm.config import check_problem
@@ -51,8 +57,8 @@ from jax_deepgemm.ffi import _native
 problem = check_problem("test", 64, 136, 304, num_sms=132, op="dense")
 print(_native.kernel_source(problem, GemmConfig(64, 64, 4, 1).fields)[0])
 """
-    text = run_package(body, tmp_path, DG_RACECHECK=value).stdout
-    assert f"constexpr int kArrivalsPerWarp = {arrivals};" in text
+    text = run_package(body, tmp_path, **{switch: value}).stdout
+    assert f"constexpr int {constant} = {on if value == '1' else off};" in text
 
 
 def test_debug_tells_where_a_kernel_came_from(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The profiler finds our kernels on the GPU, their times are possible, and JAX's tools run."""
 
+import argparse
+
 import jax
 import pytest
 
 import jax_deepgemm
-from jax_deepgemm.cli import moe
+from jax_deepgemm.cli import bench, moe
 from jax_deepgemm.cli.harness import Candidate, is_good, measure
 from jax_deepgemm.cli.problem import random_problem
 from jax_deepgemm.cli.shapes import Shape
@@ -36,6 +38,17 @@ def test_times_are_possible(dirty_l2: bool) -> None:
     assert PEAK_GBS / 8 < decode["gbs"] < PEAK_GBS
     for row in (prefill, decode):
         assert row["baselines"]["xla_dequantize_dot_us"] > row["time_us"]
+
+
+def test_loads_alone_take_less() -> None:
+    flush = Flush(jax.devices("cuda")[0], dirty_l2=False)
+    rows = measure(
+        candidates([Shape.dense(4096, 4096, 7168), Shape.dense(64, 24576, 1536)]), flush, 5
+    )
+    bench._add_streams(rows, argparse.Namespace(iterations=5, dirty_l2=False))
+    prefill, decode = ({"time_us": row["time_us"], **row["baselines"]} for row in rows)
+    assert prefill["stream_us"] < 0.95 * prefill["time_us"]
+    assert 0.7 * decode["time_us"] < decode["stream_us"] < 1.02 * decode["time_us"]
 
 
 def test_times_of_groups_are_possible() -> None:
