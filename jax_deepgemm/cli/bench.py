@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import itertools
 import json
@@ -44,7 +45,7 @@ from jax_deepgemm.cli.precompile import add_shapes_argument, given_shapes
 from jax_deepgemm.cli.problem import ORACLE, random_problem, random_problems
 from jax_deepgemm.cli.roofline import require_matplotlib, roofline_figure
 from jax_deepgemm.cli.shapes import DENSE, Shape, parse_count
-from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_call_us
+from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_calls_us
 
 BASELINES = ("torch", "xla", "stream", "none")
 STREAM = ("-m", stream.__name__)  # what `python` runs for that baseline
@@ -374,13 +375,13 @@ def _host_call_us() -> dict[str, float]:
     problem = random_problem(HOST_SHAPE, 0)
     m, n, k = HOST_SHAPE.m, HOST_SHAPE.n, HOST_SHAPE.k
     bf16 = (jnp.ones((m, k), jnp.bfloat16), jnp.ones((k, n), jnp.bfloat16))
-    return {
-        "jax_deepgemm": round(
-            host_call_us(jax_deepgemm.gemm_fp8_fp8_bf16_nt, tuple(problem.lhs), tuple(problem.rhs)),
-            2,
-        ),
-        "xla_dot": round(host_call_us(jnp.matmul, *bf16), 2),
-    }
+    gemm = jax.jit(jax_deepgemm.gemm_fp8_fp8_bf16_nt)
+    return host_calls_us(
+        {
+            "jax_deepgemm": functools.partial(gemm, problem.lhs, problem.rhs),
+            "xla_dot": functools.partial(jax.jit(jnp.matmul), *bf16),
+        }
+    )
 
 
 def _torch_baselines(shapes: Sequence[Shape], args: argparse.Namespace) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import contextlib
 import itertools
+import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,12 +211,26 @@ def wall_times_us(call: Call, iterations: int) -> list[float]:
     return times
 
 
-def host_call_us(function: Callable[..., jax.Array], *operands: Any, calls: int = 2000) -> float:
-    """What one jitted call costs the host: queue many, wait once, divide."""
-    jitted = jax.jit(function)
-    jitted(*operands).block_until_ready()
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = jitted(*operands)
-    result.block_until_ready()
-    return (time.perf_counter() - start) * 1e6 / calls
+def host_calls_us(
+    calls: Mapping[str, Callable[[], jax.Array]], rounds: int = 9, repetitions: int = 400
+) -> dict[str, float]:
+    """What calls cost the host: many are queued and waited for once.
+
+    Args:
+        calls: jitted functions with their operands, by the names of the result.
+        rounds: by turns, because the host's pace drifts; the median counts.
+        repetitions: calls of each in a round.
+
+    Returns:
+        Microseconds per call, by name.
+    """
+    times_us: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call().block_until_ready()
+    for _, (name, call) in itertools.product(range(rounds), calls.items()):
+        start = time.perf_counter()
+        for _ in range(repetitions):
+            result = call()
+        result.block_until_ready()
+        times_us[name].append((time.perf_counter() - start) * 1e6 / repetitions)
+    return {name: round(statistics.median(each), 2) for name, each in times_us.items()}
