@@ -107,8 +107,10 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   } else if (config.cluster_size() > 1) {
     fixed_us += model.multicast_us;
   }
-  return fixed_us + std::max(compute_us, memory_us) +
-         model.exposed_minor * std::min(compute_us, memory_us);
+  const double split =
+      tiling.group_rows > 1 ? 1 + model.split_rows * std::log2(config.cluster_k) : 1;
+  return fixed_us + split * (std::max(compute_us, memory_us) +
+                             model.exposed_minor * std::min(compute_us, memory_us));
 }
 
 }  // namespace dg

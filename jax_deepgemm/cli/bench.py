@@ -89,8 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=BASELINES,
         default=["torch"],
         help="time beside ours: torch = cuBLASLt FP8 through torch._scaled_mm where torch is "
-        "installed, xla = dequantise to bf16 and XLA's dot, stream = our kernel with its loads alone "
-        "(default: torch)",
+        "installed, xla = dequantise to bf16 and XLA's dot, stream = our kernel with its loads "
+        "alone (default: torch)",
     )
     parser.add_argument(
         "--moe",
