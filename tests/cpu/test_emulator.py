@@ -89,8 +89,8 @@ KERNELS = {
 FAULTS = {
     "a stage is released while a wgmma reads it": Fault(
         "mainloop.cuh",
-        "    drain(done);\n    release(stage_);\n",
-        "    release(stage_);\n    drain(done);\n",
+        "    drain<1>(done);\n    release(stage);\n",
+        "    release(stage);\n    drain<1>(done);\n",
         KERNELS["64x64, two stages"],
         "of D is",
     ),
