@@ -133,7 +133,7 @@ std::string WhyMalformed(const GemmConfig& config) {
                     "a multiple of 16 with cluster_m = 2: each CTA loads whole 8-row groups");
   }
   if (config.cluster_k > 1 && smem.waves() > 1) {
-    return "cluster_k > 1 needs 64 rows per math warpgroup";
+    return "cluster_k > 1 needs one wave of 64 rows per math warpgroup";
   }
   const int accumulators = smem.accumulators();
   const int limit = config.cluster_k > 1 ? kMaxSplitKAccumulators : kMaxAccumulators;

@@ -50,7 +50,7 @@ struct GemmConfig {
   int block_m;          // rows of D per tile: 64 per wave of a math warpgroup
   int block_n;          // columns of D per tile
   int num_stages;       // depth of the shared-memory ring, in k-blocks of 128
-  int math_warpgroups;  // warpgroups that multiply; they split rows, or columns of 64-row tiles
+  int math_warpgroups;  // warpgroups that multiply; they split rows, or columns (smem_layout.h)
   int cluster_m;        // CTAs along m that share B by TMA multicast
   int cluster_n;        // CTAs along n that share A by TMA multicast
   int cluster_k;        // CTAs that split k and add through distributed shared memory

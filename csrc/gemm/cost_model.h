@@ -13,15 +13,15 @@ namespace dg {
 // model, fitted to timings of its own, says how configurations compare. On all of them, what is
 // selected is 0.5 % slower than the fastest configuration by geometric mean and 6 % at worst; two
 // of the (n, k) took no part in the fit and are no worse. docs/performance.md has the sweep. The
-// kernels have become faster since; on a sweep of what runs now (58 problems, 1344 pairs) it is
-// 0.4 % and 4 %.
+// kernels have become faster since, and lone waves queue their wgmma; on a sweep of what runs now
+// (58 problems, 1344 pairs), from which split_rows comes, it is 0.4 % and 4 %.
 struct CostModel {
   double clock_ghz = 1.66;               // while multiplying FP8
   double hbm_share = 0.875;              // of the peak, streaming weights
   double l2_bytes_per_us = 7.96e6;       // TMA loads that hit L2, all SMs together
   double in_step = 1.39;                 // more of it in the first three rounds
   double sm_bytes_per_cycle = 58;        // what one SM takes in through TMA
-  double min_k_block_cycles = 263;       // full wait, wgmma, empty arrival, in a row
+  double min_k_block_cycles = 263;       // the least, however small the tile
   double gap_cycles = 64;                // between a wgmma and its warpgroup's next one
   double launch_us = 1.15;               // launch, first loads, last store
   double second_warpgroup_us = 0.2;      // more of it with two math warpgroups

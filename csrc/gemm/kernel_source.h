@@ -28,7 +28,7 @@ struct KernelSwitches {
   // Threads that have read a stage say so each for itself, and not one lane for its warp, which
   // racecheck takes for the only one that has.
   bool every_thread_arrives;
-  // Stages are filled and freed, nothing is multiplied or stored: how long the loads alone take.
+  // Stages are filled and freed, nothing is multiplied: how long the loads alone take.
   bool streams_only;
 };
 

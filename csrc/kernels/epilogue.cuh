@@ -53,7 +53,7 @@ class Epilogue {
   static constexpr int kBoxBytes = kPitch * kLayout.store_rows();
   static constexpr int kChunks = kPitch / 16;  // 16-byte chunks (8 columns) of one row
 
-  // Warpgroups meet at barriers of their own; 0 is the CTA's.
+  // Warpgroups meet at barriers of their own, from 1 on.
   __device__ void sync() const { barrier_sync(barrier_, kWarpgroupThreads); }
 
   // Address of a row's 16-byte chunk. TMA's swizzle exchanges the chunks of a row by XOR with

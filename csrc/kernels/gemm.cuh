@@ -19,7 +19,8 @@
 //   role               threads  registers   per k-block                         per tile
 //   operand warp       1 of 128 40          wait empty; copy A and B into the   find the next tile,
 //                                           stage                               announce it
-//   scale warp         32 of 128            wait empty; copy SFA and SFB        find the next tile
+//   scale warp         1 (32 where          wait empty; copy SFA and SFB        find the next tile
+//                      lanes copy SFA)
 //   math warpgroup w   128      232 (255    wait full; 4 wgmma per 64-row wave; totals -> bf16 ->
 //                               if alone)   arrive empty; promote               TMA store
 //
@@ -59,9 +60,9 @@ namespace dg {
 constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
 constexpr int kThreads = kWarpgroupThreads + kMathThreads;
 
-// Named barriers; those from 1 on are the math warpgroups' own (epilogue.cuh).
+// Named barriers; those between are the math warpgroups' own (epilogue.cuh).
 constexpr int kTilesCounted = 0;
-constexpr int kCountThreads = 32 + kMathThreads;  // the operand warp, who waits for its count
+constexpr int kCountThreads = 32 + kMathThreads;  // the operand warp, and those who wait for it
 constexpr int kBarriersMade = 1 + config::kMathWarpgroups;
 constexpr int kMakeThreads = 64;  // the producers
 

@@ -28,7 +28,8 @@ struct Tile {
 // CTAs that would have no tile in the last round then do better to have none at all: the same
 // number of rounds at a higher clock. With few k-blocks per tile, memory sets the pace and takes
 // all SMs.
-constexpr bool kLeavesSmsIdle = kRowsPerCluster > 128 && kKBlocks >= 16;
+constexpr bool kLeavesSmsIdle =
+    (kRowsPerCluster > 128 || config::kBlockM * config::kBlockN > 128 * 192) && kKBlocks >= 16;
 
 // Members are called by whole warps.
 class Scheduler {

@@ -48,11 +48,13 @@ from jax_deepgemm.cli.shapes import DENSE, Shape, parse_count
 from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_calls_us
 
 BASELINES = ("torch", "xla", "stream", "none")
-STREAM = ("-m", stream.__name__)  # what `python` runs for that baseline
+# What `python` runs for that baseline: `-m` would import the module twice.
+STREAM = ("-c", f"from {stream.__name__} import main; main()")
 HOST_SHAPE = Shape.dense(64, 128, 128)
 
 # Operands and results of the problems that are on the GPU, and in a trace, at the same time.
 BATCH_BYTES = 16 * GIGABYTE
+STREAM_BYTES = 4 * GIGABYTE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -331,19 +333,20 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def batches(shapes: Sequence[Shape], most: int) -> list[list[Shape]]:
-    """Cuts shapes, in order, into lists that fit into `BATCH_BYTES`, if a shape alone does.
+def batches(shapes: Sequence[Shape], most: int, most_bytes: int = BATCH_BYTES) -> list[list[Shape]]:
+    """Cuts shapes, in order, into lists that fit into memory, if a shape alone does.
 
     Args:
         shapes: what is to be measured.
         most: shapes in one list.
+        most_bytes: operands and results of one list.
     """
     result: list[list[Shape]] = []
     room = 0
     for shape in shapes:
         if shape.nbytes > room or len(result[-1]) == most:
             result.append([])
-            room = BATCH_BYTES
+            room = most_bytes
         result[-1].append(shape)
         room -= shape.nbytes
     return result
@@ -424,14 +427,15 @@ def _ask_torch(
 def _add_streams(rows: Sequence[Row], args: argparse.Namespace) -> None:
     """Adds to rows of dense shapes how long the loads of the same kernel take alone."""
     dense = [row for row in rows if row["op"] == DENSE and "failed" not in row]
-    if not dense:
-        return
-    kernels = [(row_shape(row), row["config"]) for row in dense]
-    answer = _ask(STREAM, args, {"kernels": kernels}, stream.ENVIRONMENT)
-    for i, row in enumerate(dense):
-        failed = isinstance(answer, str)
-        row.setdefault("baselines", {})
-        row["baselines"] |= {"stream_failed": answer} if failed else {"stream_us": answer[i]}
+    # The memory that this process has not taken for itself holds a few at a time.
+    for shapes in batches([row_shape(row) for row in dense], len(dense), STREAM_BYTES):
+        part, dense = dense[: len(shapes)], dense[len(shapes) :]
+        kernels = [(shape, row["config"]) for shape, row in zip(shapes, part, strict=True)]
+        answer = _ask(STREAM, args, {"kernels": kernels}, stream.ENVIRONMENT)
+        for i, row in enumerate(part):
+            failed = isinstance(answer, str)
+            row.setdefault("baselines", {})
+            row["baselines"] |= {"stream_failed": answer} if failed else {"stream_us": answer[i]}
 
 
 def _ask(
@@ -446,7 +450,7 @@ def _ask(
     variables = os.environ | dict(environment or {})
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
     if result.returncode:
-        return result.stderr.strip()[-2000:]
+        return result.stderr.strip()[-2000:] or f"exit status {result.returncode}"
     return json.loads(result.stdout.splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""How long the loads of our kernels take alone: a floor of their times. Run by `bench`.
+"""How long the loads of our kernels take alone: about the least of their times. Run by `bench`.
 
 It runs in a process of its own, because DG_STREAM_ONLY is read once per process. Its only argument
 is JSON, {"kernels": [[[op, groups, m_per_group, n, k], {config}], ...], "iterations": ..,
@@ -36,7 +36,3 @@ def main() -> None:
     flush = Flush(gpu, dirty_l2=request["dirty_l2"])
     times = kernel_times_us(calls, flush, request["iterations"])
     print(json.dumps([round(statistics.median(kernel_us), 3) for kernel_us, _ in times]))
-
-
-if __name__ == "__main__":
-    main()

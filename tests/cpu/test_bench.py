@@ -244,10 +244,23 @@ class TestMeasure:
         d = dequantize_dot(problem.lhs, problem.rhs)
         assert product_error(d, problem) < 1e-4
 
-    def test_host_cost_counts_every_call(self) -> None:
-        add = functools.partial(jax.jit(jnp.add), jnp.ones(8), jnp.ones(8))
-        (time_us,) = host_calls_us({"add": add}, rounds=3, repetitions=100).values()
-        assert 0.1 < time_us < 10_000
+    def test_host_cost_counts_every_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0  # a clock that stands still but for the calls
+        order = []
+
+        def call(name: str, seconds: float) -> jax.Array:
+            nonlocal now
+            now += seconds
+            order.append(name)
+            return jnp.zeros(())
+
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+        calls = {
+            "slow": functools.partial(call, "slow", 3e-6),
+            "fast": functools.partial(call, "fast", 1e-6),
+        }
+        assert host_calls_us(calls, rounds=3, repetitions=4) == {"slow": 3.0, "fast": 1.0}
+        assert order == ["slow", "fast"] + (["slow"] * 4 + ["fast"] * 4) * 3
 
 
 class TestCommand:
@@ -389,6 +402,14 @@ class TestCommand:
         bench._add_streams(rows, arguments)
         assert rows[2]["baselines"]["stream_failed"] == "no GPU here"
 
+    def test_stream_without_a_gpu_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        package_root = str(pathlib.Path(jax_deepgemm.__file__).parents[1])
+        monkeypatch.setenv("PYTHONPATH", package_root)
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        rows = [harness.shape_row(SHAPE, CONFIGS[0])]
+        bench._add_streams(rows, argparse.Namespace(iterations=2, dirty_l2=False))
+        assert rows[0]["baselines"] == {"stream_failed": machine.why_no_gpu()}
+
     def test_without_a_gpu(self) -> None:
         root = pathlib.Path(__file__).parents[2]
         package_root = str(pathlib.Path(jax_deepgemm.__file__).parents[1])
@@ -482,12 +503,12 @@ class TestCommand:
         said = capsys.readouterr().err
         assert "is not as `bench` writes it: without " in said and "date, " in said
 
-    def test_batches_fit_into_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bench, "BATCH_BYTES", 2 * SHAPE.nbytes)
+    def test_batches_fit_into_memory(self) -> None:
+        most_bytes = 2 * SHAPE.nbytes
         large = SHAPE._replace(m_per_group=4096)
         shapes = [SHAPE, SHAPE, SHAPE, large, SHAPE]
-        assert bench.batches(shapes, 5) == [[SHAPE, SHAPE], [SHAPE], [large], [SHAPE]]
-        assert bench.batches(shapes, 1) == [[shape] for shape in shapes]
+        assert bench.batches(shapes, 5, most_bytes) == [[SHAPE, SHAPE], [SHAPE], [large], [SHAPE]]
+        assert bench.batches(shapes, 1, most_bytes) == [[shape] for shape in shapes]
         assert bench.batches([], 0) == []
 
     def test_config(self) -> None:

@@ -36,6 +36,7 @@ class Kernel(NamedTuple):
     config: GemmConfig
     batch_invariant: int
     arrivals_per_warp: int  # 32 as racecheck wants them
+    streams_only: int
 
 
 def kernel(
@@ -45,11 +46,12 @@ def kernel(
     *config: int,
     batch_invariant: int = 0,
     arrivals_per_warp: int = 1,
+    streams_only: int = 0,
     **fields: int,
 ) -> Kernel:
     """A kernel whose configuration is given by its first fields and the others' names."""
     whole = GemmConfig(*config, **{"raster_m": 2, **fields})
-    return Kernel(grouping, n, k, whole, batch_invariant, arrivals_per_warp)
+    return Kernel(grouping, n, k, whole, batch_invariant, arrivals_per_warp, streams_only)
 
 
 class Fault(NamedTuple):
@@ -83,6 +85,8 @@ KERNELS = {
     "ragged, 64x64": kernel(RAGGED, 136, 304, 64, 64, 2, 1, raster_m=8),
     "ragged, 256x64, shared A": kernel(RAGGED, 136, 272, 256, 64, 3, cluster_n=2, raster_m=3),
     "ragged, 64x32, k in 2": kernel(RAGGED, 40, 656, 64, 32, 3, cluster_k=2, raster_m=32),
+    "loads alone, shared B": kernel(DENSE, 264, 400, 128, 96, 3, cluster_m=2, streams_only=1),
+    "loads alone, k in 4": kernel(MASKED, 136, 656, 64, 64, 2, 1, cluster_k=4, streams_only=1),
 }
 
 # Each in a copy of the sources; what the emulator cannot see of these, it cannot see of others.
@@ -100,6 +104,27 @@ FAULTS = {
         "",
         KERNELS["ragged, 64x64"],
         "more arrivals|in a later phase|of D is",
+    ),
+    "the wgmma before is not waited for": Fault(
+        "mainloop.cuh",
+        "drain<1>(done);",
+        "drain<2>(done);",
+        KERNELS["64x64, two stages"],
+        "of D is|still|not waited",
+    ),
+    "scales are loaded before their stage is released": Fault(
+        "gemm.cuh",
+        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n    const float* const sfa_block",
+        "const float* const sfa_block",
+        KERNELS["64x64, two stages"],
+        "more arrivals|in a later phase|of D is",
+    ),
+    "the scale warp does not wait for the barriers": Fault(
+        "gemm.cuh",
+        "barrier_sync(kBarriersMade, kMakeThreads);",
+        "",
+        KERNELS["64x64"],
+        ".",
     ),
     "an arrival too few is expected": Fault(
         "gemm.cuh",

@@ -9,7 +9,7 @@ constexpr int kGrouping = GROUPING, kN = N, kK = K, kBlockM = BLOCK_M, kBlockN =
               kNumStages = NUM_STAGES, kMathWarpgroups = MATH_WARPGROUPS, kClusterM = CLUSTER_M,
               kClusterN = CLUSTER_N, kClusterK = CLUSTER_K, kRasterM = RASTER_M,
               kArrivalsPerWarp = ARRIVALS_PER_WARP;
-constexpr bool kStreamsOnly = false;
+constexpr bool kStreamsOnly = STREAMS_ONLY;
 constexpr bool kRotatesK = GROUPING == 0 && !BATCH_INVARIANT;
 }  // namespace dg::config
 
@@ -31,6 +31,7 @@ const Kernel kKernel = {
     CLUSTER_K,
     RASTER_M,
     BATCH_INVARIANT,
+    STREAMS_ONLY,
     dg::kThreads,
     dg::kLayout.total_bytes(),
 };

@@ -21,6 +21,7 @@ struct Kernel {
   int cluster_k;
   int raster_m;
   bool batch_invariant;
+  bool streams_only;
   // As the device code counts them.
   int threads;
   int smem_bytes;
