@@ -34,8 +34,8 @@ struct CostModel {
   double paired_epilogue = 1.27;         // two warpgroups that store: of one's epilogue
   double first_stage = 1.2;              // of a stage's time to arrive, before all else
   double last_epilogue = 1.5;            // of an epilogue, after all else
-  double split_rows = 0.12;              // of all that is not fixed, per halving of k where rows of
-                                         // tiles share B: CTAs that split k drift apart
+  double split_rows = 0.12;              // of all that is not fixed, per halving of k where there
+                                         // are more rows of tiles than one
   double exposed_minor = 0.053;          // of the shorter of computing and memory time
   double exposed_l2 = 0.002;             // of L2's time per k-block
   double energy = 0.05;                  // of the tensor cores' work: work costs clock

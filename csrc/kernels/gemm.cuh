@@ -82,8 +82,8 @@ static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM")
 // --- 2. Producers --------------------------------------------------------------------------------
 
 // Two warps walk through the same tiles and k-blocks: one copies A and B and tells the math warps
-// what the tile is, the other copies scales. What one warp would have to issue for all four takes
-// it 300 cycles, and a stage of small tiles lasts no longer.
+// what the tile is, the other copies scales. One warp that issued all four took longer to ask for
+// the next stage: 2 to 4 % of prefill, 1 to 3 % of decode.
 
 // The part of an operand that one CTA loads: all of it, or with multicast a share, for all of the
 // cluster.

@@ -150,6 +150,13 @@ def small_moe(monkeypatch: pytest.MonkeyPatch) -> None:
 WHERE = {"gpu": "g", "driver": "d", "cuda": "c", "jax": "j", "date": "t", "command": "x"}
 
 
+def script(folder: pathlib.Path, code: str) -> str:
+    """A program in place of one that times something in a process of its own."""
+    path = folder / "program.py"
+    path.write_text(code)
+    return str(path)
+
+
 def dense(m: int, **fields: Any) -> dict[str, Any]:
     return {"op": "dense", "groups": 1, "m_per_group": m, "n": 8, "k": 16, **fields}
 
@@ -359,9 +366,9 @@ class TestCommand:
         answer = bench._torch_baselines([SHAPE, GROUPED], arguments)
         assert answer["rows"] == {SHAPE: {"cublaslt_failed": "torch is not installed"}}
 
-        (tmp_path / "crash.py").write_text("raise SystemExit('no CUDA here')")
+        crash = script(tmp_path, "raise SystemExit('no CUDA here')")
         monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
-        monkeypatch.setattr(bench.torch_baseline, "__file__", str(tmp_path / "crash.py"))
+        monkeypatch.setattr(bench.torch_baseline, "__file__", crash)
         answer = bench._torch_baselines([SHAPE], arguments)
         assert answer["rows"] == {SHAPE: {"cublaslt_failed": "no CUDA here"}}
 
@@ -373,9 +380,8 @@ class TestCommand:
             "shapes = json.loads(sys.argv[1])['shapes']\n"
             "print(json.dumps({'torch': {}, 'rows': [{'mnk': shape} for shape in shapes]}))"
         )
-        (tmp_path / "answer.py").write_text(code)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
-        monkeypatch.setattr(bench.torch_baseline, "__file__", str(tmp_path / "answer.py"))
+        monkeypatch.setattr(bench.torch_baseline, "__file__", script(tmp_path, code))
         arguments = argparse.Namespace(iterations=2, dirty_l2=False)
         answer = bench._torch_baselines([GROUPED, SHAPE], arguments)
         assert answer["rows"] == {SHAPE: {"mnk": [64, 256, 384]}}
@@ -389,8 +395,7 @@ class TestCommand:
             "assert os.environ['DG_STREAM_ONLY'] == '1'\n"
             "print(json.dumps([config['block_n'] for _, config in request['kernels']]))"
         )
-        (tmp_path / "answer.py").write_text(code)
-        monkeypatch.setattr(bench, "STREAM", [str(tmp_path / "answer.py")])
+        monkeypatch.setattr(bench, "STREAM", [script(tmp_path, code)])
         arguments = argparse.Namespace(iterations=2, dirty_l2=False)
         rows = [harness.shape_row(shape, CONFIGS[0]) for shape in (GROUPED, SHAPE, SHAPE)]
         rows[1]["failed"] = "it raised"
@@ -398,7 +403,7 @@ class TestCommand:
         assert "baselines" not in rows[0] | rows[1]
         assert rows[2]["baselines"] == {"stream_us": CONFIGS[0].block_n}
 
-        (tmp_path / "answer.py").write_text("raise SystemExit('no GPU here')")
+        script(tmp_path, "raise SystemExit('no GPU here')")
         bench._add_streams(rows, arguments)
         assert rows[2]["baselines"]["stream_failed"] == "no GPU here"
 
