@@ -4,7 +4,7 @@ namespace dg {
 namespace {
 
 // Rows of A that one TMA instruction moves: those of a tile, or fewer where its last rows may not
-// be there. See load_operands in gemm.cuh.
+// be there. A power of two, or all of m. See load_operands in gemm.cuh.
 int BoxRowsOfA(const GemmProblem& problem, const GemmConfig& config) {
   // With multicast each CTA loads its share of the rows for the whole cluster.
   if (config.cluster_n > 1) return config.block_m / config.cluster_n;

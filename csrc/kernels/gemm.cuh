@@ -21,6 +21,7 @@
 //                                           stage                               announce it
 //   scale warp         1 (32 where          wait empty; copy SFA and SFB        find the next tile
 //                      lanes copy SFA)
+//   two more           1                                                        (make the barriers)
 //   math warpgroup w   128      232 (255    wait full; 4 wgmma per 64-row wave; totals -> bf16 ->
 //                               if alone)   arrive empty; promote               TMA store
 //
@@ -60,11 +61,18 @@ namespace dg {
 constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
 constexpr int kThreads = kWarpgroupThreads + kMathThreads;
 
+// Warps of warpgroup 0.
+constexpr int kOperandWarp = 0;
+constexpr int kScaleWarp = 1;
+constexpr int kFullWarp = 2;   // makes the full barriers
+constexpr int kEmptyWarp = 3;  // the empty ones, and those of split-k
+constexpr int kFirstMathWarp = 4;
+
 // Named barriers; those between are the math warpgroups' own (epilogue.cuh).
 constexpr int kTilesCounted = 0;
-constexpr int kCountThreads = 32 + kMathThreads;  // the operand warp, and those who wait for it
+constexpr int kCountThreads = 32 + kMathThreads;  // the scale warp, and those who wait for it
 constexpr int kBarriersMade = 1 + config::kMathWarpgroups;
-constexpr int kMakeThreads = 64;  // the producers
+constexpr int kMakeThreads = 4 * 32;  // who makes them, and the producers
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
@@ -84,6 +92,17 @@ static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM")
 // Two warps walk through the same tiles and k-blocks: one copies A and B and tells the math warps
 // what the tile is, the other copies scales. One warp that issued all four took longer to ask for
 // the next stage: 2 to 4 % of prefill, 1 to 3 % of decode.
+
+// Until barriers can be used. How soon the first copy is under way is time that every kernel takes,
+// a tenth of decode's: so the producers look for their first tile while other warps make the
+// barriers, and wait for those last.
+__device__ __forceinline__ void wait_for_barriers() {
+  if constexpr (kClusterSize > 1) {
+    barrier_cluster_wait();  // for the peers' as well, which copies signal
+  } else {
+    barrier_sync(kBarriersMade, kMakeThreads);
+  }
+}
 
 // The part of an operand that one CTA loads: all of it, or with multicast a share, for all of the
 // cluster.
@@ -121,17 +140,20 @@ class OperandLoader {
 __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap& map_a,
                                               const TensorMap& map_b, const KernelParams& params,
                                               const KRange& range, const Tile& tile,
-                                              RingPosition ring) {
+                                              RingPosition ring, bool is_first) {
   // Boxes of A that hold rows of the tile, one at least. What lies in shared memory where the
   // others would, makes rows of D that nobody stores. TMA takes about 8 cycles for a row that it
   // fills with zeros, past the end of A, and 3 for one that it copies: m = 1 took 1.7 times as long
   // as m = 64.
-  const int a_rows = max(1, ceil_div(min(config::kBlockM, tile.rows), params.a_box)) * params.a_box;
+  const int rows = min(config::kBlockM, tile.rows);
+  const int a_rows =
+      rows <= params.a_box ? params.a_box : (rows + params.a_box - 1) & ~(params.a_box - 1);
   const int a_bytes = config::kClusterN > 1 ? kLayout.a_bytes() : a_rows * kBlockK;
   const OperandLoader<config::kClusterN, config::kBlockM> a(map_a, smem.a(0), tile.m);
   const OperandLoader<config::kClusterM, config::kBlockN> b(map_b, smem.b(0),
                                                             tile.group * config::kN + tile.n);
   int k_block = range.first(tile, params.m);
+  if (is_first) wait_for_barriers();
   // A handful of copies per k-block is all there is to issue; unrolled they would not fit into the
   // producers' registers.
 #pragma unroll 1
@@ -237,20 +259,16 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const TensorM
                                                  const TensorMap& map_b,
                                                  const KernelParams& params) {
   Scheduler scheduler(params);
-  const int count = scheduler.multiply_count();
-  if (elect_sync()) st_shared_s32(smem.tile_count(), count);
-  __syncwarp();
-  barrier_arrive(kTilesCounted, kCountThreads);
-  if constexpr (kClusterSize > 1) barrier_cluster_wait();
   const KRange range;
   RingPosition ring;
-  while (true) {
+  for (bool is_first = true;; is_first = false) {
     const Tile tile = scheduler.next();
     const bool loads = tile.kind >= kMultiply;
     if (loads) {
-      load_operands(smem, map_a, map_b, params, range, tile, ring);
-    } else if (elect_sync()) {
-      announce_tile(smem, tile, ring);
+      load_operands(smem, map_a, map_b, params, range, tile, ring, is_first);
+    } else {
+      if (is_first) wait_for_barriers();
+      if (elect_sync()) announce_tile(smem, tile, ring);
     }
     __syncwarp();
     if (tile.kind == kStop) break;
@@ -260,11 +278,16 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const TensorM
 
 __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelParams& params) {
   Scheduler scheduler(params);
-  barrier_sync(kBarriersMade, kMakeThreads);
+  const int count = scheduler.multiply_count();
+  if (elect_sync()) st_shared_s32(smem.tile_count(), count);
   const KRange range;
   RingPosition ring;
+  // NOTE: nothing in the loop may ask whether it is the first time: ptxas would take the lanes for
+  // diverged, and m = 1 would take a fifth more.
+  Tile tile = scheduler.next();
+  wait_for_barriers();
+  barrier_arrive(kTilesCounted, kCountThreads);
   while (true) {
-    const Tile tile = scheduler.next();
     const bool loads = tile.kind >= kMultiply;
     if (!loads) {
       if (elect_sync()) pass_tile(smem, params, ring);
@@ -276,6 +299,7 @@ __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelPar
     __syncwarp();
     if (tile.kind == kStop) break;
     ring.advance(loads ? range.count() : 1);
+    tile = scheduler.next();
   }
 }
 
@@ -363,6 +387,35 @@ __device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_
 
 // --- 4. Kernel -----------------------------------------------------------------------------------
 
+// One thread's work: every barrier takes an instruction, whichever lanes there are.
+__device__ __forceinline__ void make_barriers(const Smem& smem, const KernelParams& params,
+                                              int warp) {
+  if (elect_sync()) {
+    if (warp == kFullWarp) {
+      for (int stage = 0; stage < config::kNumStages; ++stage) {
+        mbarrier_init(smem.full(stage), 1 + scale_arrivals(params));
+      }
+    } else {
+      constexpr int kArrivals = kMathThreads / 32 * config::kArrivalsPerWarp * kMulticast;
+      for (int stage = 0; stage < config::kNumStages; ++stage) {
+        mbarrier_init(smem.empty(stage), kArrivals);
+      }
+      if constexpr (config::kClusterK > 1) {
+        for (int warp = 0; warp < 4 * config::kMathWarpgroups; ++warp) {
+          mbarrier_init(smem.exchange(warp), SplitK::kArrivals);
+        }
+      }
+    }
+    fence_mbarrier_init();
+  }
+  __syncwarp();
+}
+
+// Says to the cluster that those barriers which are this warp's to make are made.
+__device__ __forceinline__ void join_cluster() {
+  if constexpr (kClusterSize > 1) barrier_cluster_arrive_relaxed();
+}
+
 }  // namespace dg
 
 extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
@@ -375,41 +428,35 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
   extern __shared__ __align__(1024) char dynamic_smem[];
   const Smem smem = {smem_address(dynamic_smem)};
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
-  // Warpgroup 0 produces, with two of its warps; the math warpgroups follow.
-  const bool makes_barriers = warp == 0;
 
-  if (makes_barriers && elect_sync()) {
-    prefetch_tensormap(map_a);
-    prefetch_tensormap(map_b);
-    for (int stage = 0; stage < config::kNumStages; ++stage) {
-      mbarrier_init(smem.full(stage), 1 + scale_arrivals(params));
-      mbarrier_init(smem.empty(stage), kMathThreads / 32 * config::kArrivalsPerWarp * kMulticast);
-    }
-    if constexpr (config::kClusterK > 1) {
-      for (int warp = 0; warp < 4 * config::kMathWarpgroups; ++warp) {
-        mbarrier_init(smem.exchange(warp), SplitK::kArrivals);
-      }
-    }
-    fence_mbarrier_init();
-  }
-  __syncwarp();
-  if (makes_barriers) barrier_arrive(kBarriersMade, kMakeThreads);
-
-  // Before anything is sent to a peer, its barriers must exist. The operand warp looks for its
-  // first tile meanwhile.
-  if constexpr (kClusterSize > 1) {
-    barrier_cluster_arrive_relaxed();
-    if (!makes_barriers) barrier_cluster_wait();
+  if constexpr (config::kMathWarpgroups > 1) {
+    if (warp < kFirstMathWarp) setmaxnreg_dec<40>();
   }
 
-  if (warp < 4) {
-    if constexpr (config::kMathWarpgroups > 1) setmaxnreg_dec<40>();
-    if (warp == 0) produce_operands(smem, map_a, map_b, params);
-    if (warp == 1) produce_scales(smem, params);
+  // NOTE: comparisons for equality would become a jump through a table in constant memory.
+  if (warp < kScaleWarp) {
+    join_cluster();
+    produce_operands(smem, map_a, map_b, params);
+  } else if (warp < kFullWarp) {
+    join_cluster();
+    produce_scales(smem, params);
+  } else if (warp < kFirstMathWarp) {
+    make_barriers(smem, params, warp);
+    join_cluster();
+    if constexpr (kClusterSize > 1) {
+      barrier_cluster_wait();
+    } else {
+      barrier_arrive(kBarriersMade, kMakeThreads);
+    }
   } else {
+    if (warp == kFirstMathWarp && elect_sync()) {
+      prefetch_tensormap(map_b);
+      prefetch_tensormap(map_a);
+    }
+    __syncwarp();
+    join_cluster();
+    if constexpr (kClusterSize > 1) barrier_cluster_wait();
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_inc<232>();
-    // The operand warp made the barriers and goes on at once; the others wait for them, and for the
-    // number of tiles.
     barrier_sync(kTilesCounted, kCountThreads);
     multiply(smem, map_d, params, warp / 4 - 1);
   }

@@ -21,7 +21,8 @@ struct Tile {
   int rows;  // rows from m on that D takes; may be more than the tile has, or none
   TileKind kind;
   // The producers alone know the rest.
-  int group;  // matrix of B
+  int group;   // matrix of B
+  int column;  // of tiles; CTAs that share A count as one
 };
 
 // Where the tensor cores set the pace, they do so at the clock that the power limit leaves them.
@@ -52,7 +53,9 @@ class Scheduler {
 
   // Tiles of this CTA that multiply. They come first.
   __device__ int multiply_count() const {
-    return max(0, ceil_div(multiply_tiles_ - next_, stride_));
+    const int left = multiply_tiles_ - next_;
+    if (left <= stride_) return left > 0 ? 1 : 0;
+    return quotient(left - 1, stride_) + 1;
   }
 
   __device__ Tile next() {
@@ -62,7 +65,7 @@ class Scheduler {
       return tile(index, 0, row_tiles_.multiply_count());
     }
     if constexpr (kGrouping == Grouping::kDense) {
-      return {0, 0, 0, kStop, 0};
+      return {0, 0, 0, kStop, 0, 0};
     } else {
       // Tiles of zeros: all clusters share them.
       const int index = cluster_;
@@ -74,17 +77,30 @@ class Scheduler {
  private:
   // The index-th tile of the row tiles from `begin` to `end`.
   __device__ Tile tile(int index, int begin, int end) {
+    if constexpr (kGrouping == Grouping::kDense) {
+      // What decode asks for, with less arithmetic.
+      if (end == 1) return tile_at(0, 0, index);
+      if (end <= config::kRasterM) {
+        const int column = quotient(index, end);
+        return tile_at(0, index - column * end, column);
+      }
+    }
     constexpr int kTilesPerSwath = config::kRasterM * kTileColumns;
     const int in_swath = index % kTilesPerSwath;
     const int first_row = begin + index / kTilesPerSwath * config::kRasterM;
     const int rows = min(config::kRasterM, end - first_row);
     // The last swath may be lower than the others; its tiles past the end are those whose column
     // does not exist.
-    const int column = rows <= 0 ? kTileColumns : in_swath / rows;
-    if (column >= kTileColumns) return {0, 0, 0, kStop, 0};
-    const RowTile row_tile = row_tiles_.get(first_row, in_swath % rows);
+    const int column = rows <= 0 ? kTileColumns : quotient(in_swath, rows);
+    if (column >= kTileColumns) return {0, 0, 0, kStop, 0, 0};
+    return tile_at(first_row, in_swath - column * rows, column);
+  }
+
+  // The tile of row tile `first_row` + `index`.
+  __device__ Tile tile_at(int first_row, int index, int column) {
+    const RowTile row_tile = row_tiles_.get(first_row, index);
     return {row_tile.m + m_in_cluster_, column * kColumnsPerCluster + n_in_cluster_,
-            row_tile.rows - m_in_cluster_, row_tile.kind, row_tile.group};
+            row_tile.rows - m_in_cluster_, row_tile.kind, row_tile.group, column};
   }
 
   RowTiles row_tiles_;
@@ -119,7 +135,7 @@ class KRange {
   // The first k-block of a tile of a matrix of `rows` rows, and the one that follows another.
   __device__ int first(const Tile& tile, int rows) const {
     if (!kRotates || rows > kRowsPerCluster) return begin_;
-    return begin_ + tile.n / kColumnsPerCluster * count_ / kTileColumns;
+    return begin_ + static_cast<uint32_t>(tile.column * count_) / kTileColumns;
   }
   __device__ int next(int block) const {
     ++block;
