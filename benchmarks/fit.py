@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +83,7 @@ def fit(
     sweeps: Sequence[Sweep],
     steps: int,
     seed: int,
+    keep: Collection[str] = (),
     progress: Callable[[Sequence[int]], Any] = lambda steps: steps,
 ) -> Constants:
     """Looks for constants with a smaller `loss`, from those of the model on.
@@ -91,15 +92,17 @@ def fit(
         sweeps: what to fit to.
         steps: of the search.
         seed: of the search; the same one finds the same constants.
+        keep: names of constants that stay as they are.
         progress: wraps the steps, to show them.
     """
     rng = np.random.default_rng(seed)
     first = _native.cost_constants()
     names = list(first)
+    free = np.array([name not in keep for name in names])
     start = best = np.log(list(first.values()))
     least = loss(sweeps, first)
     for _ in progress(range(steps)):
-        changed = rng.random(len(names)) < CHANGED
+        changed = free & (rng.random(len(names)) < CHANGED)
         trial = best + changed * rng.normal(0, STEP, len(names))
         trial = np.clip(trial, start - math.log(MOST), start + math.log(MOST))
         value = loss(sweeps, dict(zip(names, map(float, np.exp(trial)), strict=True)))
@@ -123,26 +126,51 @@ def parse_weight(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_constant(text: str) -> str:
+    """Checks the name of a constant; an argparse `type`."""
+    names = list(_native.cost_constants())
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+    return text
+
+
 def main(arguments: Sequence[str]) -> None:
     """Runs the program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", nargs="+", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--hold-out", nargs="+", type=parse_weight, default=[], metavar="NxK")
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        type=parse_constant,
+        default=[],
+        metavar="CONSTANT",
+        help="constants to leave as they are: the sweeps have nothing that tells them",
+    )
     parser.add_argument("--steps", type=parse_count, default=4000, help="of the search (4000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
 
-    sweeps = [sweep for path in args.results for sweep in read_sweeps(json.loads(path.read_text()))]
-    kept = [sweep for sweep in sweeps if (sweep.shape.n, sweep.shape.k) not in args.hold_out]
-    held_out = [sweep for sweep in sweeps if (sweep.shape.n, sweep.shape.k) in args.hold_out]
-    if not kept:
+    sweeps = {path: read_sweeps(json.loads(path.read_text())) for path in args.results}
+    kept, held_out = {}, {}
+    for path, swept in sweeps.items():
+        held = [sweep for sweep in swept if (sweep.shape.n, sweep.shape.k) in args.hold_out]
+        held_out[path] = held
+        kept[path] = [
+            sweep for sweep in swept if (sweep.shape.n, sweep.shape.k) not in args.hold_out
+        ]
+    fitted_to = [sweep for swept in kept.values() for sweep in swept]
+    if not fitted_to:
         parser.error("no sweep is left to fit to")
     before = _native.cost_constants()
-    fitted = fit(kept, args.steps, args.seed, lambda steps: track(steps, "fitting"))
+    fitted = fit(
+        fitted_to, args.steps, args.seed, args.keep, lambda steps: track(steps, "fitting")
+    )
     for title, constants in (("before", before), ("after", fitted)):
-        report(title, kept, constants)
-        if held_out:
-            report(f"{title}, not fitted to", held_out, constants)
+        for path in args.results:
+            report(f"{path.name}, {title}", kept[path], constants)
+            if held_out[path]:
+                report(f"{path.name}, {title}, not fitted to", held_out[path], constants)
     for name, value in fitted.items():
         print(f"  double {name} = {value:g};  // was {before[name]:g}")
 

@@ -8,38 +8,37 @@
 
 namespace dg {
 
-// The constants, as fitted to 1462 timed (problem, configuration) pairs of 44 problems, dense and
-// grouped, on an H100 SXM with a cold, clean L2; for ten more problems of prefill the earlier
-// model, fitted to timings of its own, says how configurations compare. On all of them, what is
-// selected is 0.5 % slower than the fastest configuration by geometric mean and 6 % at worst; two
-// of the (n, k) took no part in the fit and are no worse. docs/performance.md has the sweep. The
-// kernels have become faster since, and lone waves queue their wgmma; on a sweep of what runs now
-// (58 problems, 1344 pairs), from which split_rows comes, it is 0.4 % and 4 %.
+// The constants, fitted to sweeps of 58 problems each (DeepGEMM's dense and grouped shapes,
+// decode): 1344 timed pairs of problem and configuration on an H100, 793 on an H200, with a cold,
+// clean L2. On them, what is selected is 0.4 and 0.7 % slower than the fastest configuration by
+// geometric mean and 4 and 5 % at worst. hbm_share, the bytes in flight and stage_in_use are of an
+// earlier fit, to sweeps with other depths of ring and many groups, which these have nothing to say
+// of.
 struct CostModel {
   double clock_ghz = 1.66;               // while multiplying FP8
   double hbm_share = 0.875;              // of the peak, streaming weights
-  double l2_bytes_per_us = 7.96e6;       // TMA loads that hit L2, all SMs together
-  double in_step = 1.39;                 // more of it in the first three rounds
-  double sm_bytes_per_cycle = 58;        // what one SM takes in through TMA
-  double min_k_block_cycles = 263;       // the least, however small the tile
-  double gap_cycles = 64;                // between a wgmma and its warpgroup's next one
-  double launch_us = 1.15;               // launch, first loads, last store
-  double second_warpgroup_us = 0.2;      // more of it with two math warpgroups
-  double multicast_us = 1.06;            // more of it in a cluster
-  double split_k_us = 0.87;              // more of it, beside the exchange of partial sums
-  double exchange_bytes_per_us = 3.5e4;  // of one CTA's partial sums
-  double epilogue_cycles = 416;          // per tile
-  double column_cycles = 1.53;           // per column of a wave: convert, stage, store
-  double box_cycles = 77;                // per box of a wave: narrow boxes are many stores
-  double paired_epilogue = 1.27;         // two warpgroups that store: of one's epilogue
-  double first_stage = 1.2;              // of a stage's time to arrive, before all else
-  double last_epilogue = 1.5;            // of an epilogue, after all else
-  double split_rows = 0.12;              // of all that is not fixed, per halving of k where there
+  double l2_bytes_per_us = 8.04e6;       // TMA loads that hit L2, all SMs together
+  double in_step = 1.77;                 // more of it in the first three rounds
+  double sm_bytes_per_cycle = 60.6;      // what one SM takes in through TMA
+  double min_k_block_cycles = 234;       // the least, however small the tile
+  double gap_cycles = 53.6;              // between a wgmma and its warpgroup's next one
+  double launch_us = 1.27;               // launch, first loads, last store
+  double second_warpgroup_us = 0.147;    // more of it with two math warpgroups
+  double multicast_us = 0.987;           // more of it in a cluster
+  double split_k_us = 0.481;             // more of it, beside the exchange of partial sums
+  double exchange_bytes_per_us = 3.8e4;  // of one CTA's partial sums
+  double epilogue_cycles = 437;          // per tile
+  double column_cycles = 0.894;          // per column of a wave: convert, stage, store
+  double box_cycles = 129;               // per box of a wave: narrow boxes are many stores
+  double paired_epilogue = 0.997;        // two warpgroups that store: of one's epilogue
+  double first_stage = 1.57;             // of a stage's time to arrive, before all else
+  double last_epilogue = 1.04;           // of an epilogue, after all else
+  double split_rows = 0.22;              // of all that is not fixed, per halving of k where there
                                          // are more rows of tiles than one
-  double exposed_minor = 0.053;          // of the shorter of computing and memory time
-  double exposed_l2 = 0.002;             // of L2's time per k-block
-  double energy = 0.05;                  // of the tensor cores' work: work costs clock
-  double stored_share = 0.29;            // of D's bytes that compete with loads
+  double exposed_minor = 0.0263;         // of the shorter of computing and memory time
+  double exposed_l2 = 0.00103;           // of L2's time per k-block
+  double energy = 0.0248;                // of the tensor cores' work: work costs clock
+  double stored_share = 0.272;           // of D's bytes that compete with loads
   // Bytes of weights in flight, in microseconds of the memory's rate: fewer do not cover its
   // latency; more queue up, and some CTAs finish late.
   double shallow_us = 2.07;

@@ -99,8 +99,12 @@ class Scheduler {
   // The tile of row tile `first_row` + `index`.
   __device__ Tile tile_at(int first_row, int index, int column) {
     const RowTile row_tile = row_tiles_.get(first_row, index);
-    return {row_tile.m + m_in_cluster_, column * kColumnsPerCluster + n_in_cluster_,
-            row_tile.rows - m_in_cluster_, row_tile.kind, row_tile.group, column};
+    return {row_tile.m + m_in_cluster_,
+            column * kColumnsPerCluster + n_in_cluster_,
+            row_tile.rows - m_in_cluster_,
+            row_tile.kind,
+            row_tile.group,
+            column};
   }
 
   RowTiles row_tiles_;

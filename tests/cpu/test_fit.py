@@ -56,12 +56,20 @@ def test_fit_finds_better_constants(
     found = fit.fit(sweeps, 300, 1)
     assert fit.loss(sweeps, found) < before / 2
     assert found == fit.fit(sweeps, 300, 1)
+    other = fit.fit(sweeps, 300, 1, keep=("launch_us",))
+    assert other["launch_us"] == _native.cost_constants()["launch_us"] != found["launch_us"]
+    assert other["hbm_share"] != _native.cost_constants()["hbm_share"]
 
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(document))
-    fit.main([str(path), "--steps", "300", "--seed", "1", "--hold-out", "2112x7168"])
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document | {"rows": document["rows"][:1]}))
+    held_out = f"{SHAPES[1].n}x{SHAPES[1].k}"
+    assert held_out != f"{SHAPES[0].n}x{SHAPES[0].k}"
+    fit.main([str(path), str(other), "--steps", "300", "--seed", "1", "--hold-out", held_out])
     printed = capsys.readouterr().out
-    assert printed.count("regret over") == 4
+    assert printed.count("sweep.json, before") == printed.count("sweep.json, after") == 2
+    assert printed.count("other.json, before: regret over 1 shapes") == 1
     was = _native.cost_constants()
     assert printed.count("  double ") == len(was)
     assert f"// was {was['launch_us']:g}" in printed
@@ -71,6 +79,7 @@ def test_fit_finds_better_constants(
     "arguments, message",
     [
         (["--hold-out", "2112"], "'2112' is not NxK"),
+        (["--keep", "clock"], "'clock' is none of clock_ghz, "),
         (["--hold-out", *{f"{shape.n}x{shape.k}" for shape in SHAPES}], "no sweep is left"),
     ],
 )
