@@ -95,10 +95,11 @@ every_kernel = pytest.mark.parametrize("kernel", selected() + sampled())
 def count_instructions(listing: str) -> collections.Counter[str]:
     """Counts the opcodes, modifiers dropped, in a listing of nvdisasm.
 
-    WARPGROUP keeps its first modifier, which says what it does (ARRIVE, DEPBAR).
+    WARPGROUP keeps its first modifier, which says what it does (ARRIVE, DEPBAR), and BRA.DIV, which
+    is taken where a warp's lanes have diverged, is told from BRA.
     """
     opcodes = re.findall(
-        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(WARPGROUP\.\w+|\w+)", listing, flags=re.MULTILINE
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(WARPGROUP\.\w+|BRA\.DIV|\w+)", listing, flags=re.MULTILINE
     )
     return collections.Counter(opcodes)
 
@@ -164,6 +165,8 @@ def test_instructions(kernel: Kernel, build_of: Callable[[Kernel], Build]) -> No
     assert count["LDL"] + count["STL"] == 0, "local memory is used"
     # A batch of wgmma covers 128 of k, 32 an instruction, and is waited for once.
     assert count["WARPGROUP.DEPBAR"] <= count["QGMMA"] // 2, "wgmma is serialised"
+    # A loop of which it does keeps addresses in vector registers: m = 1 took a fifth longer.
+    assert count["BRA.DIV"] == 0, "ptxas takes the lanes of a warp for diverged"
 
 
 def test_listing_is_counted() -> None:
@@ -174,10 +177,14 @@ def test_listing_is_counted() -> None:
         /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0040*/             @!UP1 UTMALDG.2D [UR8], [UR4] ;
         /*12f0*/               @P2 STL.64 [R1+0x8], R2 ;
+        /*1300*/                   BRA.DIV UR4, `(.L_x_44) ;
+        /*1310*/              @!P0 BRA `(.L_x_45) ;
     """
     assert count_instructions(listing) == {
         "QGMMA": 2,
         "WARPGROUP.DEPBAR": 1,
         "UTMALDG": 1,
         "STL": 1,
+        "BRA.DIV": 1,
+        "BRA": 1,
     }
