@@ -163,9 +163,7 @@ def main(arguments: Sequence[str]) -> None:
     if not fitted_to:
         parser.error("no sweep is left to fit to")
     before = _native.cost_constants()
-    fitted = fit(
-        fitted_to, args.steps, args.seed, args.keep, lambda steps: track(steps, "fitting")
-    )
+    fitted = fit(fitted_to, args.steps, args.seed, args.keep, lambda steps: track(steps, "fitting"))
     for title, constants in (("before", before), ("after", fitted)):
         for path in args.results:
             report(f"{path.name}, {title}", kept[path], constants)

@@ -26,7 +26,7 @@
 //                               if alone)   arrive empty; promote               TMA store
 //
 //   barrier            arrivals                       signals
-//   full[stage]        2 (33: load_scales), bytes      both warps and TMA -> math: stage holds data
+//   full[stage]        2 (33: scale_arrivals), bytes  both warps and TMA -> math: stage holds data
 //   empty[stage]       math warps x sharing CTAs      math -> both warps: stage may be rewritten
 //   exchange[warp]     1, and bytes in the CTA that   split-k, between namesakes in a cluster: sums
 //                      stores the warp's rows         have come; or in the others, were read
@@ -195,45 +195,97 @@ __device__ __forceinline__ int scale_arrivals(const KernelParams& params) {
   return copies_scales_in_bulk(params) ? 1 : 32;
 }
 
-// The scale warp's part of a tile: SFA and SFB of its k-blocks.
-template <bool kBulk>
-__device__ __forceinline__ void load_scales(const Smem& smem, const KernelParams& params,
-                                            const KRange& range, const Tile& tile,
-                                            RingPosition ring) {
+// Where a tile's scales lie in memory.
+class TileScales {
+ public:
+  __device__ TileScales(const KernelParams& params, const Tile& tile)
+      : sfa_(params.sfa + (tile.m & ~3)),
+        sfb_(params.sfb + size_t(tile.group) * kNBlocks * kKBlocks),
+        pitch_(params.sfa_pitch),
+        rows_(max(0, min(kLayout.sfa_rows(), params.sfa_pitch - (tile.m & ~3)))),
+        n_block_(tile.n / 128) {}
+
   // A stage's SFA begins with the multiple of 4 rows at or below the tile's first. Rows past the
   // end of A keep old scales.
-  const int sfa_row = tile.m & ~3;
-  const int sfa_rows = max(0, min(kLayout.sfa_rows(), params.sfa_pitch - sfa_row));
-  const float* const sfa = params.sfa + sfa_row;
-  const float* const sfb = params.sfb + size_t(tile.group) * kNBlocks * kKBlocks;
-  const int n_block = tile.n / 128;
+  __device__ uint32_t rows() const { return rows_; }
+  __device__ uint32_t pitch() const { return pitch_; }
+  __device__ const float* sfa() const { return sfa_; }
+
+  // SFB of the first k-block. Columns past n have no scale of their own and need none.
+  __device__ const float* sfb(int block) const {
+    return sfb_ + min(n_block_ + block, kNBlocks - 1) * kKBlocks;
+  }
+
+  // `scales` of another k-block. Unsigned, this is one instruction; a signed product takes five.
+  __device__ static const float* at(const float* scales, uint32_t k_block, uint32_t pitch) {
+    return scales + uint64_t{k_block} * pitch;
+  }
+
+ private:
+  const float* const sfa_;
+  const float* const sfb_;
+  const uint32_t pitch_;
+  const uint32_t rows_;
+  const int n_block_;
+};
+
+// The scale warp's part of a tile: SFA and SFB of its k-blocks. One thread copies SFA in bulk, and
+// SFB.
+__device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const KernelParams& params,
+                                                    const KRange& range, const Tile& tile,
+                                                    RingPosition ring) {
+  const TileScales scales(params, tile);
   int k_block = range.first(tile, params.m);
 #pragma unroll 1
   for (int left = range.count(); left > 0; --left) {
     const int stage = ring.stage();
     const uint32_t full = smem.full(stage);
     mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-    const float* const sfa_block = sfa + size_t(k_block) * params.sfa_pitch;
-    const bool leader = elect_sync();
-    if (leader) {
-      if (kBulk && sfa_rows > 0) {
-        mbarrier_expect_tx(full, sfa_rows * 4);
-        bulk_load(smem.sfa(stage), sfa_block, sfa_rows * 4, full);
+    if (elect_sync()) {
+      if (scales.rows() > 0) {
+        mbarrier_expect_tx(full, scales.rows() * 4);
+        bulk_load(smem.sfa(stage), TileScales::at(scales.sfa(), k_block, scales.pitch()),
+                  scales.rows() * 4, full);
       }
 #pragma unroll
       for (int block = 0; block < kTileScaleBlocks; ++block) {
-        // Columns past n have no scale of their own and need none.
-        const int row = min(n_block + block, kNBlocks - 1);
-        cp_async_4(smem.sfb(stage) + 4 * block, sfb + row * kKBlocks + k_block);
+        cp_async_4(smem.sfb(stage) + 4 * block, scales.sfb(block) + k_block);
       }
+      cp_async_mbarrier_arrive(full);
     }
-    if constexpr (!kBulk) {
+    k_block = range.next(k_block);
+    ring.advance();
+  }
+}
+
+// The same, 4 bytes at a time: the first lanes take SFB, the others a row of SFA each; what rows
+// there are beyond go round all lanes.
+__device__ __forceinline__ void load_scales_by_lanes(const Smem& smem, const KernelParams& params,
+                                                     const KRange& range, const Tile& tile,
+                                                     RingPosition ring) {
+  const TileScales scales(params, tile);
+  const int lane = laneid();
+  const bool takes_sfb = lane < kTileScaleBlocks;
+  const uint32_t row = lane - kTileScaleBlocks;
+  const bool copies = takes_sfb || row < scales.rows();
+  const float* const source = takes_sfb ? scales.sfb(lane) : scales.sfa() + (copies ? row : 0);
+  const uint32_t pitch = takes_sfb ? 1 : scales.pitch();
+  const uint32_t target = takes_sfb ? smem.sfb(0) + 4 * lane : smem.sfa(0) + 4 * row;
+  int k_block = range.first(tile, params.m);
 #pragma unroll 1
-      for (int row = laneid(); row < sfa_rows; row += 32) {
-        cp_async_4(smem.sfa(stage) + 4 * row, sfa_block + row);
-      }
+  for (int left = range.count(); left > 0; --left) {
+    const int stage = ring.stage();
+    const uint32_t full = smem.full(stage);
+    mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
+    if (copies) {
+      cp_async_4(target + stage * kLayout.scale_bytes(), TileScales::at(source, k_block, pitch));
     }
-    if (!kBulk || leader) cp_async_mbarrier_arrive(full);
+#pragma unroll 1
+    for (uint32_t next = 32 - kTileScaleBlocks + lane; next < scales.rows(); next += 32) {
+      cp_async_4(smem.sfa(stage) + 4 * next,
+                 TileScales::at(scales.sfa(), k_block, scales.pitch()) + next);
+    }
+    cp_async_mbarrier_arrive(full);
     k_block = range.next(k_block);
     ring.advance();
   }
@@ -292,9 +344,9 @@ __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelPar
     if (!loads) {
       if (elect_sync()) pass_tile(smem, params, ring);
     } else if (copies_scales_in_bulk(params)) {
-      load_scales<true>(smem, params, range, tile, ring);
+      load_scales_in_bulk(smem, params, range, tile, ring);
     } else {
-      load_scales<false>(smem, params, range, tile, ring);
+      load_scales_by_lanes(smem, params, range, tile, ring);
     }
     __syncwarp();
     if (tile.kind == kStop) break;

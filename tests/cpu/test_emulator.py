@@ -112,10 +112,18 @@ FAULTS = {
         KERNELS["64x64, two stages"],
         "of D is",
     ),
-    "scales are loaded before their stage is released": Fault(
+    "scales are loaded in bulk before their stage is released": Fault(
         "gemm.cuh",
-        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n    const float* const sfa_block",
-        "const float* const sfa_block",
+        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n"
+        "    if (elect_sync()) {\n      if (scales",
+        "if (elect_sync()) {\n      if (scales",
+        KERNELS["64x64, two stages"],
+        "more arrivals|in a later phase|of D is",
+    ),
+    "scales are loaded by lanes before their stage is released": Fault(
+        "gemm.cuh",
+        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n    if (copies) {",
+        "if (copies) {",
         KERNELS["64x64, two stages"],
         "more arrivals|in a later phase|of D is",
     ),

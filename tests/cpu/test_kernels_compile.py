@@ -99,7 +99,9 @@ def count_instructions(listing: str) -> collections.Counter[str]:
     is taken where a warp's lanes have diverged, is told from BRA.
     """
     opcodes = re.findall(
-        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(WARPGROUP\.\w+|BRA\.DIV|\w+)", listing, flags=re.MULTILINE
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(WARPGROUP\.\w+|BRA\.DIV|\w+)",
+        listing,
+        flags=re.MULTILINE,
     )
     return collections.Counter(opcodes)
 
