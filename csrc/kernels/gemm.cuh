@@ -71,8 +71,9 @@ constexpr int kFirstMathWarp = 4;
 // Named barriers; those between are the math warpgroups' own (epilogue.cuh).
 constexpr int kTilesCounted = 0;
 constexpr int kCountThreads = 32 + kMathThreads;  // the scale warp, and those who wait for it
-constexpr int kBarriersMade = 1 + config::kMathWarpgroups;
-constexpr int kMakeThreads = 4 * 32;  // who makes them, and the producers
+constexpr int kOperandsBegin = 1 + config::kMathWarpgroups;
+constexpr int kScalesBegin = 2 + config::kMathWarpgroups;
+constexpr int kBeginThreads = 3 * 32;  // both warps that make barriers, and the one that waits
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
@@ -95,12 +96,13 @@ static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM")
 
 // Until barriers can be used. How soon the first copy is under way is time that every kernel takes,
 // a tenth of decode's: so the producers look for their first tile while other warps make the
-// barriers, and wait for those last.
-__device__ __forceinline__ void wait_for_barriers() {
+// barriers, and wait for those last. `begin`: each waits at a named barrier of its own, because all
+// who block at one must do so in the same instruction (bar.sync is aligned).
+__device__ __forceinline__ void wait_for_barriers(int begin) {
   if constexpr (kClusterSize > 1) {
     barrier_cluster_wait();  // for the peers' as well, which copies signal
   } else {
-    barrier_sync(kBarriersMade, kMakeThreads);
+    barrier_sync(begin, kBeginThreads);
   }
 }
 
@@ -153,7 +155,7 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap&
   const OperandLoader<config::kClusterM, config::kBlockN> b(map_b, smem.b(0),
                                                             tile.group * config::kN + tile.n);
   int k_block = range.first(tile, params.m);
-  if (is_first) wait_for_barriers();
+  if (is_first) wait_for_barriers(kOperandsBegin);
   // A handful of copies per k-block is all there is to issue; unrolled they would not fit into the
   // producers' registers.
 #pragma unroll 1
@@ -319,7 +321,7 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const TensorM
     if (loads) {
       load_operands(smem, map_a, map_b, params, range, tile, ring, is_first);
     } else {
-      if (is_first) wait_for_barriers();
+      if (is_first) wait_for_barriers(kOperandsBegin);
       if (elect_sync()) announce_tile(smem, tile, ring);
     }
     __syncwarp();
@@ -337,7 +339,7 @@ __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelPar
   // NOTE: nothing in the loop may ask whether it is the first time: ptxas would take the lanes for
   // diverged, and m = 1 would take a fifth more.
   Tile tile = scheduler.next();
-  wait_for_barriers();
+  wait_for_barriers(kScalesBegin);
   barrier_arrive(kTilesCounted, kCountThreads);
   while (true) {
     const bool loads = tile.kind >= kMultiply;
@@ -498,7 +500,8 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     if constexpr (kClusterSize > 1) {
       barrier_cluster_wait();
     } else {
-      barrier_arrive(kBarriersMade, kMakeThreads);
+      barrier_arrive(kOperandsBegin, kBeginThreads);
+      barrier_arrive(kScalesBegin, kBeginThreads);
     }
   } else {
     if (warp == kFirstMathWarp && elect_sync()) {

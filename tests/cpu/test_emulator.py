@@ -127,9 +127,9 @@ FAULTS = {
         KERNELS["64x64, two stages"],
         "more arrivals|in a later phase|of D is",
     ),
-    "the scale warp does not wait for the barriers": Fault(
+    "the producers do not wait for the barriers": Fault(
         "gemm.cuh",
-        "barrier_sync(kBarriersMade, kMakeThreads);",
+        "barrier_sync(begin, kBeginThreads);",
         "",
         KERNELS["64x64"],
         "there is no mbarrier at .* yet",
