@@ -41,7 +41,7 @@ def roofline_figure(document: dict[str, Any]) -> Figure:
     figure = importlib.import_module("matplotlib.figure").Figure(
         figsize=(8, 5.5), dpi=150, layout="constrained"
     )
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xscale="log", yscale="log")
     rows = [row for row in document["rows"] if "failed" not in row]
     points = [(row["op"], 1e3 * row["tflops"] / row["gbs"], row["tflops"]) for row in rows]
     for op, colour in COLOURS.items():
@@ -54,10 +54,8 @@ def roofline_figure(document: dict[str, Any]) -> Figure:
         x = sorted([min(x for _, x, _ in points) / 2, peak / bandwidth, 2e4])
         label = f"{bandwidth:g} TB/s, {peak:g} TFLOP/s (measured)"
         axes.plot(x, [min(peak, bandwidth * at) for at in x], color="0.4", lw=1.2, label=label)
-        axes.set_xlim(right=max(1e4, *(x for _, x, _ in points)))
+        axes.set_xlim(x[0], max(1e4, *(x for _, x, _ in points)))
     axes.set(
-        xscale="log",
-        yscale="log",
         xlabel="FP8 flops per byte that must move",
         ylabel="TFLOP/s",
         title=f"{document['gpu']}, {document['date']}",

@@ -35,6 +35,10 @@ def test_points_and_roof() -> None:
     np.testing.assert_allclose(x[:2], [10, 1575 / 3.1])
     np.testing.assert_allclose(y, [31, 1575, 1575])
     assert all(at <= min(1575, 3.1 * x) for x, at in [*points["dense"], *points["ragged"]])
+    # From the start of the roof: what a linear axis leaves beside its points is below 0, and a
+    # logarithmic one then shows 300 decades.
+    assert axes.get_xlim() == (10, 1e4)
+    assert axes.get_xscale() == axes.get_yscale() == "log"
 
 
 @pytest.mark.parametrize("rows", [[], [row("dense", 300, 3000)]], ids=["no rows", "one row"])
