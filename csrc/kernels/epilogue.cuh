@@ -8,11 +8,17 @@
 
 namespace dg {
 
+// The named barrier of the first math warpgroup; the others' follow.
+constexpr int kEpilogueBarrier = 1;
+
 // One warpgroup's staging buffers, one per wave.
 class Epilogue {
  public:
   __device__ Epilogue(const Smem& smem, const TensorMap& map_d, void* d, int warpgroup)
-      : map_d_(map_d), d_(d), staging_(smem.d(warpgroup, 0)), barrier_(1 + warpgroup) {}
+      : map_d_(map_d),
+        d_(d),
+        staging_(smem.d(warpgroup, 0)),
+        barrier_(kEpilogueBarrier + warpgroup) {}
 
   // Stores all waves. The first one's first row and column in D are m and n; D takes `rows` rows
   // from there. `writes` says whether this warp holds rows of it, `row` which row of a box its
@@ -53,7 +59,7 @@ class Epilogue {
   static constexpr int kBoxBytes = kPitch * kLayout.store_rows();
   static constexpr int kChunks = kPitch / 16;  // 16-byte chunks (8 columns) of one row
 
-  // Warpgroups meet at barriers of their own, from 1 on.
+  // Warpgroups meet at barriers of their own.
   __device__ void sync() const { barrier_sync(barrier_, kWarpgroupThreads); }
 
   // Address of a row's 16-byte chunk. TMA's swizzle exchanges the chunks of a row by XOR with

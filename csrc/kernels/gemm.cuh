@@ -61,21 +61,21 @@ namespace dg {
 constexpr int kMathThreads = kWarpgroupThreads * config::kMathWarpgroups;
 constexpr int kThreads = kWarpgroupThreads + kMathThreads;
 
-// Warps of warpgroup 0.
-constexpr int kOperandWarp = 0;
+// Warps of warpgroup 0; the operand warp comes first.
 constexpr int kScaleWarp = 1;
-constexpr int kFullWarp = 2;   // makes the full barriers
-constexpr int kEmptyWarp = 3;  // the empty ones, and those of split-k
+constexpr int kFullWarp = 2;  // makes the full barriers; the next one the empty ones and split-k's
 constexpr int kFirstMathWarp = 4;
 
-// Named barriers; those between are the math warpgroups' own (epilogue.cuh).
-constexpr int kTilesCounted = 0;
+// Named barriers; those between are the math warpgroups' own.
+constexpr int kTilesCounted = kEpilogueBarrier - 1;
 constexpr int kCountThreads = 32 + kMathThreads;  // the scale warp, and those who wait for it
-constexpr int kOperandsBegin = 1 + config::kMathWarpgroups;
-constexpr int kScalesBegin = 2 + config::kMathWarpgroups;
+constexpr int kOperandsBegin = kEpilogueBarrier + config::kMathWarpgroups;
+constexpr int kScalesBegin = kOperandsBegin + 1;
 constexpr int kBeginThreads = 3 * 32;  // both warps that make barriers, and the one that waits
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
+static_assert((config::kBlockM & (config::kBlockM - 1)) == 0,
+              "a_box is a power of two: it divides the tile");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
 static_assert(config::kBlockM % (kWgmmaM * (kLayout.splits_rows() ? config::kMathWarpgroups : 1)) ==
                   0,
@@ -96,8 +96,8 @@ static_assert(kLayout.total_bytes() <= kMaxSmemBytes, "shared memory of one SM")
 
 // Until barriers can be used. How soon the first copy is under way is time that every kernel takes,
 // a tenth of decode's: so the producers look for their first tile while other warps make the
-// barriers, and wait for those last. `begin`: each waits at a named barrier of its own, because all
-// who block at one must do so in the same instruction (bar.sync is aligned).
+// barriers, and wait for those last. `begin`: each waits at a named barrier of its own. PTX lets
+// warps block at one barrier in different instructions, but synccheck (CUDA 13.0) reports it.
 __device__ __forceinline__ void wait_for_barriers(int begin) {
   if constexpr (kClusterSize > 1) {
     barrier_cluster_wait();  // for the peers' as well, which copies signal
@@ -192,7 +192,7 @@ __device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params
   return params.sfa_pitch % 4 == 0;
 }
 
-// Arrivals of the scale warp on a full barrier: one of each thread that copies.
+// Arrivals of the scale warp on a full barrier: one thread's, or every lane's.
 __device__ __forceinline__ int scale_arrivals(const KernelParams& params) {
   return copies_scales_in_bulk(params) ? 1 : 32;
 }
@@ -336,8 +336,8 @@ __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelPar
   if (elect_sync()) st_shared_s32(smem.tile_count(), count);
   const KRange range;
   RingPosition ring;
-  // NOTE: nothing in the loop may ask whether it is the first time: ptxas would take the lanes for
-  // diverged, and m = 1 would take a fifth more.
+  // NOTE: this loop, whose lanes copy each for itself, may not ask whether it is the first time, as
+  // the operand warp's does: ptxas took the lanes for diverged, and m = 1 a fifth longer.
   Tile tile = scheduler.next();
   wait_for_barriers(kScalesBegin);
   barrier_arrive(kTilesCounted, kCountThreads);
@@ -441,7 +441,7 @@ __device__ __forceinline__ void multiply(const Smem& smem, const TensorMap& map_
 
 // --- 4. Kernel -----------------------------------------------------------------------------------
 
-// One thread's work: every barrier takes an instruction, whichever lanes there are.
+// One thread makes them all: lanes would make theirs one after the other, too.
 __device__ __forceinline__ void make_barriers(const Smem& smem, const KernelParams& params,
                                               int warp) {
   if (elect_sync()) {
@@ -455,8 +455,8 @@ __device__ __forceinline__ void make_barriers(const Smem& smem, const KernelPara
         mbarrier_init(smem.empty(stage), kArrivals);
       }
       if constexpr (config::kClusterK > 1) {
-        for (int warp = 0; warp < 4 * config::kMathWarpgroups; ++warp) {
-          mbarrier_init(smem.exchange(warp), SplitK::kArrivals);
+        for (int math_warp = 0; math_warp < 4 * config::kMathWarpgroups; ++math_warp) {
+          mbarrier_init(smem.exchange(math_warp), SplitK::kArrivals);
         }
       }
     }

@@ -71,8 +71,8 @@ constexpr int kNoLimit = 0x7fffffff;
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// a / b for a >= 0 and b >= 1 that are not known before. A division is a chain of two dozen
-// instructions, 150 cycles in front of a kernel's first load; powers of two are most common.
+// a / b for a >= 0 and b >= 1 that are not known at compile time. A division is a chain of two
+// dozen instructions, 150 cycles in front of a kernel's first load; powers of two are most common.
 __device__ __forceinline__ int quotient(int a, int b) {
   if ((b & (b - 1)) == 0) return a >> (31 - __clz(b));
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);

@@ -78,7 +78,7 @@ class Scheduler {
   // The index-th tile of the row tiles from `begin` to `end`.
   __device__ Tile tile(int index, int begin, int end) {
     if constexpr (kGrouping == Grouping::kDense) {
-      // What decode asks for, with less arithmetic.
+      // All rows of tiles in one swath, as in decode: less arithmetic before the first load.
       if (end == 1) return tile_at(0, 0, index);
       if (end <= config::kRasterM) {
         const int column = quotient(index, end);
@@ -139,7 +139,7 @@ class KRange {
   // The first k-block of a tile of a matrix of `rows` rows, and the one that follows another.
   __device__ int first(const Tile& tile, int rows) const {
     if (!kRotates || rows > kRowsPerCluster) return begin_;
-    return begin_ + static_cast<uint32_t>(tile.column * count_) / kTileColumns;
+    return begin_ + static_cast<uint32_t>(tile.column) * count_ / kTileColumns;
   }
   __device__ int next(int block) const {
     ++block;

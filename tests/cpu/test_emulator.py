@@ -70,6 +70,7 @@ KERNELS = {
     "64x48, two warpgroups": kernel(DENSE, 104, 656, 64, 48, 3, raster_m=1),
     "128x72": kernel(DENSE, 392, 144, 128, 72, 3, batch_invariant=1),
     "256x128": kernel(DENSE, 392, 272, 256, 128, 2),
+    "256x128, shared B, SMs left idle": kernel(DENSE, 392, 2064, 256, 128, 2, cluster_m=2),
     "128x256": kernel(DENSE, 392, 272, 128, 256, 2),
     "128x96, shared B": kernel(DENSE, 264, 400, 128, 96, 3, cluster_m=2),
     "64x64, shared A": kernel(DENSE, 264, 400, 64, 64, 3, 1, cluster_n=2),
@@ -132,6 +133,13 @@ FAULTS = {
         "barrier_sync(begin, kBeginThreads);",
         "",
         KERNELS["64x64"],
+        "there is no mbarrier at .* yet",
+    ),
+    "the producers do not wait for the cluster's barriers": Fault(
+        "gemm.cuh",
+        "barrier_cluster_wait();  // for the peers' as well, which copies signal",
+        "",
+        KERNELS["128x96, shared B"],
         "there is no mbarrier at .* yet",
     ),
     "an arrival too few is expected": Fault(
