@@ -152,13 +152,12 @@ def main(arguments: Sequence[str]) -> None:
     args = parser.parse_args(arguments)
 
     sweeps = {path: read_sweeps(json.loads(path.read_text())) for path in args.results}
-    kept, held_out = {}, {}
+    kept: dict[pathlib.Path, list[Sweep]] = {path: [] for path in sweeps}
+    held_out: dict[pathlib.Path, list[Sweep]] = {path: [] for path in sweeps}
     for path, swept in sweeps.items():
-        held = [sweep for sweep in swept if (sweep.shape.n, sweep.shape.k) in args.hold_out]
-        held_out[path] = held
-        kept[path] = [
-            sweep for sweep in swept if (sweep.shape.n, sweep.shape.k) not in args.hold_out
-        ]
+        for sweep in swept:
+            held = (sweep.shape.n, sweep.shape.k) in args.hold_out
+            (held_out if held else kept)[path].append(sweep)
     fitted_to = [sweep for swept in kept.values() for sweep in swept]
     if not fitted_to:
         parser.error("no sweep is left to fit to")

@@ -62,11 +62,11 @@ def test_fit_finds_better_constants(
 
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(document))
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(document | {"rows": document["rows"][:1]}))
+    second = tmp_path / "other.json"
+    second.write_text(json.dumps(document | {"rows": document["rows"][:1]}))
     held_out = f"{SHAPES[1].n}x{SHAPES[1].k}"
     assert held_out != f"{SHAPES[0].n}x{SHAPES[0].k}"
-    fit.main([str(path), str(other), "--steps", "300", "--seed", "1", "--hold-out", held_out])
+    fit.main([str(path), str(second), "--steps", "300", "--seed", "1", "--hold-out", held_out])
     printed = capsys.readouterr().out
     assert printed.count("sweep.json, before") == printed.count("sweep.json, after") == 2
     assert printed.count("other.json, before: regret over 1 shapes") == 1
