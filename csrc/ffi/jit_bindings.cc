@@ -82,7 +82,7 @@ nb::tuple Interleave(const nb::bytes& cubin) {
     entry["reuse_after"] = run.reuse_after;
     entry["yield_before"] = run.yield_before;
     entry["yield_after"] = run.yield_after;
-    entry["alternating"] = run.alternating;
+    entry["alternates"] = run.alternates;
     stats.append(entry);
   }
   return nb::make_tuple(ToBytes(image), stats);

@@ -48,7 +48,8 @@ std::string Key(const KernelSource& source, const Compiler& compiler) {
   Sha256 sha;
   sha.UpdateField(kFormat);
   sha.UpdateField(compiler.identity());  // The options are part of it.
-  sha.UpdateField(GetEnvironment().interleave ? "interleaved" : "as compiled");
+  sha.UpdateField(GetEnvironment().interleave ? "yields every " + std::to_string(kYieldPeriod)
+                                              : std::string("as compiled"));
   sha.UpdateField(source.name);
   sha.UpdateField(source.entry);
   sha.UpdateField(source.text);
@@ -116,8 +117,7 @@ std::string FfmaReport(const std::string& name, const std::vector<FfmaRun>& runs
     char line[256];
     std::snprintf(line, sizeof(line), "\n  %s+0x%zx: %d FFMA, reuse %d -> %d, yield %d -> %d%s",
                   run.section.c_str(), run.offset, run.length, run.reuse_before, run.reuse_after,
-                  run.yield_before, run.yield_after,
-                  run.alternating ? " (alternating already)" : "");
+                  run.yield_before, run.yield_after, run.alternates ? "" : " (as compiled)");
     text += line;
   }
   return text;

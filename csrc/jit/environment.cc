@@ -7,8 +7,6 @@
 #include <string>
 #include <string_view>
 
-#include "csrc/jit/interleave.h"
-
 namespace dg::jit {
 namespace {
 
@@ -43,11 +41,6 @@ std::string CacheDir() {
   return home.empty() ? "" : home + "/.jax_deepgemm";
 }
 
-bool Interleave() {
-  const bool is_set = !Variable("DG_DISABLE_FFMA_INTERLEAVE").empty();
-  return is_set ? !Switch("DG_DISABLE_FFMA_INTERLEAVE") : kInterleaveByDefault;
-}
-
 std::string TempDir() {
   const std::string given = Variable("TMPDIR");
   return given.empty() ? "/tmp" : given;
@@ -60,7 +53,7 @@ const Environment& GetEnvironment() {
       /*cache_dir=*/CacheDir(),
       /*nvcc=*/ExpandHome(Variable("DG_NVCC_COMPILER")),
       /*temp_dir=*/TempDir(),
-      /*interleave=*/Interleave(),
+      /*interleave=*/!Switch("DG_DISABLE_FFMA_INTERLEAVE"),
       /*ptxas_verbose=*/Switch("DG_PTXAS_VERBOSE"),
       /*print_reg_reuse=*/Switch("DG_PRINT_REG_REUSE"),
       /*print_command=*/Switch("DG_JIT_PRINT_NVCC_COMMAND"),

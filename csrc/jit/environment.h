@@ -15,8 +15,7 @@ struct Environment {
   std::string nvcc;
   // Folder for NVCC's input and output files: TMPDIR, default /tmp.
   std::string temp_dir;
-  // Whether the FFMA interleaver runs: kInterleaveByDefault (interleave.h) unless
-  // DG_DISABLE_FFMA_INTERLEAVE is set; "0" switches it on whatever the default.
+  // Whether the FFMA interleaver runs: unless DG_DISABLE_FFMA_INTERLEAVE is set.
   bool interleave;
   // DG_PTXAS_VERBOSE: print ptxas' resource report of every kernel that comes into use.
   bool ptxas_verbose;

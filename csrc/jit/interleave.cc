@@ -2,6 +2,7 @@
 
 #include <elf.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -16,9 +17,10 @@ namespace {
 // An sm_90 instruction is 128 bits. NOTE: the encoding is undocumented; opcode and control field
 // were read off ptxas' output and agree with published disassembler work (CuAssembler).
 //   bits   11-0   opcode; 0x223 = FFMA with four registers
+//   bits   23-16  destination; 31-24, 39-32 and 71-64 the operands a, b and c of a * b + c
 //   bits 108-105  stall: cycles until the warp may issue its next instruction
 //   bit  109      yield, inverted: 0 = prefer another warp next
-//   bits 125-122  reuse: one bit per operand slot, kept for the warp's next instruction
+//   bits 125-122  reuse: one bit per operand slot (a first), kept for the warp's next instruction
 struct Instruction {
   std::uint64_t low;
   std::uint64_t high;
@@ -29,6 +31,7 @@ constexpr std::uint64_t kOpcodeMask = 0xfff;
 constexpr std::uint64_t kFfma = 0x223;
 constexpr std::uint64_t kNoYield = std::uint64_t{1} << (109 - 64);
 constexpr std::uint64_t kReuse = std::uint64_t{0xf} << (122 - 64);
+constexpr int kZeroRegister = 255;
 
 Instruction Read(const std::string& image, std::size_t offset) {
   Instruction instruction;
@@ -63,27 +66,45 @@ bool Alternates(const std::string& image, std::size_t begin, std::size_t end) {
   return 2 * differing > pairs;
 }
 
-// Makes every second instruction of the run yield and no other one.
-//
-// Yield is only a hint to the scheduler, so either value is correct. Reuse is only ever cleared,
-// which costs a register read and changes no result; setting it would need proof that the next
-// instruction of the warp has the same register in the same slot. A yielding instruction must not
-// keep operands: the cache serves the instruction issued next, and after a yield that is another
-// warp's. Of the two halves the one with fewer reuse bits yields, so that fewer are lost.
-void Alternate(std::string& image, std::size_t begin, std::size_t end) {
-  int reuses[2] = {0, 0};
-  std::size_t position = 0;
-  for (std::size_t i = begin; i < end; i += sizeof(Instruction), ++position) {
-    reuses[position % 2] += Reuses(Read(image, i));
+// The operand registers of an FFMA, by slot.
+constexpr int kSlots = 3;
+std::array<int, kSlots> Operands(const Instruction& ffma) {
+  return {static_cast<int>(ffma.low >> 24 & 0xff), static_cast<int>(ffma.low >> 32 & 0xff),
+          static_cast<int>(ffma.high & 0xff)};
+}
+int Destination(const Instruction& ffma) { return static_cast<int>(ffma.low >> 16 & 0xff); }
+
+// The slots of `ffma` whose register the next instruction reads in the same slot, unchanged.
+std::uint64_t Shared(const Instruction& ffma, const Instruction& next) {
+  std::uint64_t reuse = 0;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int operand = Operands(ffma)[slot];
+    if (operand != kZeroRegister && operand != Destination(ffma) &&
+        operand == Operands(next)[slot]) {
+      reuse |= std::uint64_t{1} << (122 - 64 + slot);
+    }
   }
-  const std::size_t yielding = reuses[0] < reuses[1] ? 0 : 1;
-  position = 0;
-  for (std::size_t i = begin; i < end; i += sizeof(Instruction), ++position) {
+  return reuse;
+}
+
+// Makes every kYieldPeriod-th instruction of the run yield and no other one, and the others keep
+// the operands that they share with the next.
+//
+// Yield is only a hint to the scheduler, so either value is correct. A yielding instruction must
+// not keep operands: the cache serves the instruction issued next, and after a yield that is
+// another warp's. What the last one keeps is for an instruction that the pass knows nothing about.
+void Interleave(std::string& image, std::size_t begin, std::size_t end) {
+  int position = 0;
+  for (std::size_t i = begin; i < end; i += sizeof(Instruction)) {
     Instruction instruction = Read(image, i);
-    if (position % 2 == yielding) {
+    const std::size_t next = i + sizeof(Instruction);
+    if (++position % kYieldPeriod == 0) {
       instruction.high &= ~(kNoYield | kReuse);
     } else {
       instruction.high |= kNoYield;
+      if (next < end) {
+        instruction.high = (instruction.high & ~kReuse) | Shared(instruction, Read(image, next));
+      }
     }
     Write(image, i, instruction);
   }
@@ -143,8 +164,8 @@ std::vector<FfmaRun> InterleaveFfma(std::string& image) {
         run.length = length;
         run.reuse_before = Count(image, begin, run_end, Reuses);
         run.yield_before = Count(image, begin, run_end, Yields);
-        run.alternating = Alternates(image, begin, run_end);
-        if (!run.alternating) Alternate(image, begin, run_end);
+        run.alternates = Alternates(image, begin, run_end);
+        if (run.alternates) Interleave(image, begin, run_end);
         run.reuse_after = Count(image, begin, run_end, Reuses);
         run.yield_after = Count(image, begin, run_end, Yields);
         runs.push_back(run);

@@ -1,11 +1,16 @@
-// FFMA interleaver: a post-pass on the cubin that makes long FFMA runs yield every other
-// instruction.
+// FFMA interleaver: a post-pass on the cubin that sets the scheduling hints of long FFMA runs, in
+// which a math warpgroup promotes partial sums.
 //
-// A math warpgroup alternates between issuing wgmma and promoting partial sums with long runs of
-// FFMA. If every second FFMA yields, the warp scheduler switches to the other warpgroup within the
-// run, and its wgmma gets issued earlier. ptxas 12.9 and later set the bits themselves when the
-// kernel contains wgmma and its launch bound is above 256 threads; the pass is for one math
-// warpgroup and for older compilers. cache.h runs it between the compiler and the disk.
+// While one warpgroup promotes, the other's wgmma reads and writes its accumulators in the same
+// register files, and how long 64 FFMAs take then decides how long tensor cores wait. Left alone,
+// ptxas 12.9 and later make every second FFMA yield in kernels with wgmma and more than 256
+// threads, which are those with two math warpgroups. That costs two things. A yield is a lost issue
+// slot unless another warp is ready, and an instruction that yields keeps no operand for the next
+// one, so the scale, which a run multiplies with, is read again for each. Yet without any yield the
+// other warpgroup's next wgmma comes up to a run too late. One yield in kYieldPeriod, and the scale
+// kept in between, is 2 to 4 % faster (docs/performance.md). Runs of a lone math warpgroup, which
+// ptxas lets not yield, stay as they are: yields cost those up to 1 %. cache.h runs the pass
+// between the compiler and the disk.
 #pragma once
 
 #include <cstddef>
@@ -14,11 +19,9 @@
 
 namespace dg::jit {
 
-// Whether the pass runs when DG_DISABLE_FFMA_INTERLEAVE is not set. Off, by measurement: with NVRTC
-// 13.0 ptxas alternates the yield bit itself in kernels with two math warpgroups, so the pass finds
-// nothing to do, and with one it changes no time beyond noise (docs/performance.md). What patches
-// machine code has to earn its place. "0" turns it on, for NVRTC 12.8 and older.
-inline constexpr bool kInterleaveByDefault = false;
+// Every how many instructions of a run one yields. Measured with NVRTC 13.0 on an H100: 7 to 11 are
+// equal for most tiles; of those, 7 was worst for none.
+inline constexpr int kYieldPeriod = 7;
 
 // One run of at least kMinFfmaRun consecutive FFMA instructions, before and after the pass.
 struct FfmaRun {
@@ -29,7 +32,7 @@ struct FfmaRun {
   int reuse_after;
   int yield_before;  // Those that yield.
   int yield_after;
-  bool alternating;  // The compiler had alternated the yields, so the run stays as it was.
+  bool alternates;  // The compiler had made every second one yield; other runs stay as they are.
 };
 
 // Shorter runs are address or epilogue arithmetic, not promotion.

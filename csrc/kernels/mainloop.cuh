@@ -69,22 +69,32 @@ class Mainloop {
   }
 
  private:
-  // One accumulator: the tensor cores work for the other warpgroup while this one promotes.
+  // One accumulator: the tensor cores work for the other warpgroup while this one promotes. With
+  // one wave, scales are read a k-block ahead, if they are there; with two, that gained nothing.
   __device__ void run_alternating(float (&total)[kWaves][kAccumulators]) {
+    constexpr bool kReadsAhead = kWaves == 1;
+    if constexpr (kReadsAhead) read_scales(0);
     for (int left = k_blocks_;;) {
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
         float partial[kAccumulators];
-        read_scales(wave);
+        if constexpr (!kReadsAhead) read_scales(wave);
         issue(partial, wave);
         combine_scales();
-        if (wave == kWaves - 1) look_ahead();
+        if (wave == kWaves - 1) {
+          look_ahead();
+          if constexpr (kReadsAhead) read_next_scales(left > 1 && next_full_);
+        }
         drain(partial);
         if (wave == kWaves - 1) release(stage_);
         add(total[wave], partial);
       }
       if (__builtin_expect(--left == 0, false)) break;
+      const bool has_read = kReadsAhead && next_full_;
       acquire();
+      if constexpr (kReadsAhead) {
+        if (__builtin_expect(!has_read, false)) read_scales(0);
+      }
     }
   }
 
@@ -220,6 +230,17 @@ class Mainloop {
 #pragma unroll
     for (int i = 0; i < kScaleBlocks; ++i) {
       columns_[i] = ld_shared(smem_.sfb(0) + sfb_offset_ + stage_scales_ + 4 * i);
+    }
+  }
+
+  // Those of the next stage's first wave, if it `is_full`.
+  __device__ void read_next_scales(bool is_full) {
+    const uint32_t sfa = sfa_ + sfa_offset_ + next_scales_;
+    ld_shared_if(is_full, row_0_, sfa);
+    ld_shared_if(is_full, row_1_, sfa + 8 * 4);
+#pragma unroll
+    for (int i = 0; i < kScaleBlocks; ++i) {
+      ld_shared_if(is_full, columns_[i], smem_.sfb(0) + sfb_offset_ + next_scales_ + 4 * i);
     }
   }
 

@@ -88,6 +88,18 @@ __device__ __forceinline__ float ld_shared(uint32_t address) {
   return value;
 }
 
+// The same if `condition` holds; without a branch, behind which ptxas would take lanes for
+// diverged.
+__device__ __forceinline__ void ld_shared_if(bool condition, float& value, uint32_t address) {
+  asm volatile(
+      "{ .reg .pred p;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "@p ld.shared.f32 %0, [%2]; }"
+      : "+f"(value)
+      : "r"(static_cast<uint32_t>(condition)), "r"(address)
+      : "memory");
+}
+
 __device__ __forceinline__ int ld_shared_s32(uint32_t address) {
   int value;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");

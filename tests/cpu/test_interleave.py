@@ -9,18 +9,21 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cuda.pathfinder
 import pytest
 
 from jax_deepgemm.ffi import _native
-from tests.jit_process import nvrtc, run
+from tests.jit_process import nvrtc, run, run_package
 
-# 128 bits, little endian: opcode 11-0, yield 109 (0 = yield), reuse 125-122.
+# 128 bits, little endian: opcode 11-0, destination 23-16, operands 31-24, 39-32 and 71-64,
+# yield 109 (0 = yield), reuse 125-122.
 FFMA = 0x223
 OPCODE = 0xFFF
 NO_YIELD = 1 << 109
 REUSE = 0xF << 122
+PERIOD = 7
 
 # Promotion as in a GEMM: two scales of a thread, each for half of its partial sums, here kept in
 # registers. Without wgmma ptxas leaves the yield bits alone.
@@ -48,14 +51,34 @@ extern "C" __global__ void __launch_bounds__(256) few(float* x, float a, float b
 }
 """
 
+# A kernel with two math warpgroups, whose long runs alternate as ptxas leaves them.
+GEMM = """
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import _native
+problem = check_problem("test", 1, 4096, 1024, num_sms=132)
+config = GemmConfig(block_m=128, block_n=128, num_stages=4).fields
+text, headers = _native.kernel_source(problem, config)
+name = _native.kernel_name(problem, config)
+print(_native.jit_compile(name, name, text, headers)["image"].hex())
+"""
+
 
 @pytest.fixture(scope="module")
-def cubin(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """PROMOTE as NVRTC compiles it."""
+def promotion(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """PROMOTE as NVRTC compiles it: its run does not alternate."""
     nvrtc()
     cache = tmp_path_factory.mktemp("cache")
     body = f"print(native.jit_compile('promote', 'promote', '''{PROMOTE}''', {{}})['image'].hex())"
     return bytes.fromhex(run(body, cache, DG_DISABLE_FFMA_INTERLEAVE="1").stdout)
+
+
+@pytest.fixture(scope="module")
+def cubin(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """GEMM as NVRTC compiles it."""
+    nvrtc()
+    cache = tmp_path_factory.mktemp("cache")
+    return bytes.fromhex(run_package(GEMM, cache, DG_DISABLE_FFMA_INTERLEAVE="1").stdout)
 
 
 def words(image: bytes, offset: int, count: int) -> list[int]:
@@ -80,50 +103,112 @@ def text_section(image: bytes, kernel: str) -> tuple[int, int]:
     raise AssertionError(f"no code of {kernel}")
 
 
-def text_offset(image: bytes, kernel: str) -> int:
-    return text_section(image, kernel)[0]
+def instructions(image: bytes, ffmas: dict[str, Any]) -> list[int]:
+    """Those of a run."""
+    start, _ = text_section(image, ffmas["section"].removeprefix(".text."))
+    return words(image, start + ffmas["offset"], ffmas["length"])
 
 
-def test_runs_alternate_afterwards(cubin: bytes) -> None:
+def yields(ffma: int) -> bool:
+    return not ffma & NO_YIELD
+
+
+def shared_slots(ffma: int, following: int) -> int:
+    """Reuse bits of the operands, but the first one's result, that two instructions share."""
+    bits = 0
+    for slot, position in enumerate((24, 32, 64)):
+        operand = ffma >> position & 0xFF
+        if operand not in (255, ffma >> 16 & 0xFF) and operand == following >> position & 0xFF:
+            bits |= 1 << (122 + slot)
+    return bits
+
+
+def long_runs(cubin: bytes) -> tuple[bytes, list[dict[str, Any]]]:
+    """The cubin after the pass, and the runs that it rewrote."""
     image, runs = _native.interleave(cubin)
-    assert runs
+    return image, [ffmas for ffmas in runs if ffmas["alternates"]]
+
+
+def test_ptxas_alternates_kernels_with_two_math_warpgroups(cubin: bytes) -> None:
+    # What the pass is for. A compiler that no longer does has to be measured anew.
+    _, runs = long_runs(cubin)
+    assert sum(ffmas["length"] for ffmas in runs) >= 128
+    for ffmas in runs:
+        assert 0.4 < ffmas["yield_before"] / ffmas["length"] < 0.6
+
+
+def test_one_in_seven_yields_afterwards(cubin: bytes) -> None:
+    image, runs = long_runs(cubin)
+    for ffmas in runs:
+        assert ffmas["length"] >= 16
+        yielding = [i for i, word in enumerate(instructions(image, ffmas)) if yields(word)]
+        assert yielding == list(range(PERIOD - 1, ffmas["length"], PERIOD))
+        assert ffmas["yield_after"] == len(yielding)
+        assert ffmas["yield_before"] == sum(map(yields, instructions(cubin, ffmas)))
+
+
+def test_shared_operands_are_kept_up_to_the_next_yield(cubin: bytes) -> None:
+    image, runs = long_runs(cubin)
+    for ffmas in runs:
+        before, after = instructions(cubin, ffmas), instructions(image, ffmas)
+        for word, following in itertools.pairwise(after):
+            assert word & REUSE == (0 if yields(word) else shared_slots(word, following))
+        for field, words_ in (("reuse_before", before), ("reuse_after", after)):
+            assert ffmas[field] == sum(bool(word & REUSE) for word in words_)
+        assert ffmas["reuse_after"] > ffmas["reuse_before"]
+
+
+@pytest.mark.parametrize("reuse", [0, 1 << 123])
+def test_last_of_a_run_keeps_what_the_compiler_says(reuse: int, cubin: bytes) -> None:
+    # What comes after it is no FFMA.
+    _, runs = long_runs(cubin)
+    ffmas = next(ffmas for ffmas in runs if ffmas["length"] % PERIOD != 0)
+    start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
+    offset = start + ffmas["offset"] + 16 * (ffmas["length"] - 1)
+    word = words(cubin, offset, 1)[0] & ~REUSE | reuse
+    changed = cubin[:offset] + word.to_bytes(16, "little") + cubin[offset + 16 :]
+    image, _ = _native.interleave(changed)
+    assert words(image, offset, 1)[0] & REUSE == reuse
+
+
+def test_result_is_not_kept_as_an_operand(cubin: bytes) -> None:
+    # An FFMA that writes the register that the next one multiplies with.
+    _, (ffmas, *_) = long_runs(cubin)
+    start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
+    offset = start + ffmas["offset"]
+    first, second = words(cubin, offset, 2)
+    assert shared_slots(first, second) == 1 << 123
+    changed = bytearray(cubin)
+    scale = first >> 32 & 0xFF
+    first = first & ~(0xFF << 16) | scale << 16
+    changed[offset : offset + 16] = first.to_bytes(16, "little")
+    image, _ = _native.interleave(bytes(changed))
+    assert words(image, offset, 1)[0] & REUSE == 0
+
+
+def test_runs_that_do_not_alternate_stay(promotion: bytes) -> None:
+    image, runs = _native.interleave(promotion)
+    assert image == promotion
     assert sum(ffmas["length"] for ffmas in runs) >= 48
     for ffmas in runs:
         assert ffmas["section"] == ".text.promote"
-        assert ffmas["length"] >= 16
-        assert not ffmas["alternating"]
-        offset = text_offset(image, "promote") + ffmas["offset"]
-        before = words(cubin, offset, ffmas["length"])
-        after = words(image, offset, ffmas["length"])
-        yields = [not word & NO_YIELD for word in after]
-        assert all(a != b for a, b in itertools.pairwise(yields))
-        # What yields keeps no operand; what does not yield keeps what ptxas gave it.
-        for old, new, yielding in zip(before, after, yields, strict=True):
-            assert new & REUSE == (0 if yielding else old & REUSE)
-        assert ffmas["yield_before"] == sum(not word & NO_YIELD for word in before)
-        assert ffmas["yield_after"] == sum(yields)
-        assert ffmas["reuse_before"] == sum(bool(word & REUSE) for word in before)
-        assert ffmas["reuse_after"] == sum(bool(word & REUSE) for word in after)
-
-
-def test_pass_clears_reuse_somewhere(cubin: bytes) -> None:
-    # Otherwise the check above would say little.
-    _, runs = _native.interleave(cubin)
-    assert any(ffmas["reuse_after"] < ffmas["reuse_before"] for ffmas in runs)
+        assert not ffmas["alternates"]
+        assert ffmas["yield_before"] == ffmas["yield_after"]
+        assert ffmas["reuse_before"] == ffmas["reuse_after"] > 0
 
 
 def test_nothing_but_yield_and_reuse_bits_of_the_runs_changes(cubin: bytes) -> None:
-    image, runs = _native.interleave(cubin)
+    image, runs = long_runs(cubin)
     assert image != cubin
     assert len(image) == len(cubin)
     expected = bytearray(image)
     for ffmas in runs:
-        start = text_offset(image, "promote") + ffmas["offset"]
+        start, _ = text_section(image, ffmas["section"].removeprefix(".text."))
+        start += ffmas["offset"]
         for offset in range(start, start + 16 * ffmas["length"], 16):
             (old,), (new,) = words(cubin, offset, 1), words(image, offset, 1)
             assert old & OPCODE == FFMA
             assert (old ^ new) & ~(NO_YIELD | REUSE) == 0
-            assert new & REUSE & ~old == 0
             expected[offset : offset + 16] = cubin[offset : offset + 16]
     assert bytes(expected) == cubin
 
@@ -131,7 +216,8 @@ def test_nothing_but_yield_and_reuse_bits_of_the_runs_changes(cubin: bytes) -> N
 def test_runs_are_maximal(cubin: bytes) -> None:
     _, runs = _native.interleave(cubin)
     for ffmas in runs:
-        start = text_offset(cubin, "promote") + ffmas["offset"]
+        start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
+        start += ffmas["offset"]
         before, after = (
             words(cubin, start - 16, 1)[0],
             words(cubin, start + 16 * ffmas["length"], 1)[0],
@@ -140,47 +226,31 @@ def test_runs_are_maximal(cubin: bytes) -> None:
         assert after & OPCODE != FFMA
 
 
-def test_short_runs_stay(cubin: bytes) -> None:
-    image, runs = _native.interleave(cubin)
-    offset, size = text_section(cubin, "few")
-    is_ffma = [word & OPCODE == FFMA for word in words(cubin, offset, size // 16)]
+def test_short_runs_are_none(promotion: bytes) -> None:
+    _, runs = _native.interleave(promotion)
+    offset, size = text_section(promotion, "few")
+    is_ffma = [word & OPCODE == FFMA for word in words(promotion, offset, size // 16)]
     longest = max(len(list(group)) for same, group in itertools.groupby(is_ffma) if same)
     assert 4 <= longest < 16
-    assert image[offset : offset + size] == cubin[offset : offset + size]
     assert {ffmas["section"] for ffmas in runs} == {".text.promote"}
-
-
-@pytest.mark.parametrize("half", [0, 1], ids=["even", "odd"])
-def test_half_without_reuse_yields(half: int, cubin: bytes) -> None:
-    _, (ffmas,) = _native.interleave(cubin)
-    start = text_offset(cubin, "promote") + ffmas["offset"]
-    changed = bytearray(cubin)
-    for offset in range(start + 16 * half, start + 16 * ffmas["length"], 32):
-        (word,) = words(cubin, offset, 1)
-        changed[offset : offset + 16] = (word & ~REUSE).to_bytes(16, "little")
-    image, (ffmas,) = _native.interleave(bytes(changed))
-    assert ffmas["reuse_before"] == ffmas["reuse_after"] > 0
-    yields = [not word & NO_YIELD for word in words(image, start, ffmas["length"])]
-    assert all(yields[half::2])
 
 
 def test_pass_is_idempotent(cubin: bytes) -> None:
     image, _ = _native.interleave(cubin)
     again, runs = _native.interleave(image)
     assert again == image
-    assert all(ffmas["alternating"] for ffmas in runs)
-    assert all(ffmas["reuse_before"] == ffmas["reuse_after"] for ffmas in runs)
+    assert not any(ffmas["alternates"] for ffmas in runs)
 
 
-def test_run_that_alternates_save_for_one_pair_stays(cubin: bytes) -> None:
-    # ptxas leaves such irregularities; redoing the run would cost reuse bits behind them.
-    image, (ffmas,) = _native.interleave(cubin)
-    offset = text_offset(image, "promote") + ffmas["offset"] + 16 * (ffmas["length"] // 2)
-    (word,) = words(image, offset, 1)
-    irregular = image[:offset] + (word ^ NO_YIELD).to_bytes(16, "little") + image[offset + 16 :]
-    again, (ffmas,) = _native.interleave(irregular)
-    assert ffmas["alternating"]
-    assert again == irregular
+def test_run_alternates_save_for_one_pair(cubin: bytes) -> None:
+    # ptxas leaves such irregularities.
+    image, (ffmas, *_) = long_runs(cubin)
+    start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
+    offset = start + ffmas["offset"] + 16 * (ffmas["length"] // 2)
+    (word,) = words(cubin, offset, 1)
+    irregular = cubin[:offset] + (word ^ NO_YIELD).to_bytes(16, "little") + cubin[offset + 16 :]
+    again, _ = _native.interleave(irregular)
+    assert again == image
 
 
 @functools.cache
@@ -202,14 +272,14 @@ def disassemble(image: bytes, folder: Path) -> str:
 
 
 def test_disassembly_differs_in_reuse_only(cubin: bytes, tmp_path: Path) -> None:
-    image, runs = _native.interleave(cubin)
+    image, runs = long_runs(cubin)
     before, after = disassemble(cubin, tmp_path), disassemble(image, tmp_path)
     assert before.count(" FFMA ") >= sum(ffmas["length"] for ffmas in runs)
     assert before != after
     assert before.replace(".reuse", "") == after.replace(".reuse", "")
-    count = sum(ffmas["reuse_before"] - ffmas["reuse_after"] for ffmas in runs)
+    count = sum(ffmas["reuse_after"] - ffmas["reuse_before"] for ffmas in runs)
     lines = [len(re.findall(r"FFMA.*\.reuse", text)) for text in (before, after)]
-    assert lines[0] - lines[1] == count
+    assert lines[1] - lines[0] == count
 
 
 @pytest.mark.parametrize("length", [64, 1000, 4000])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jit_process import reports, run, run_package
+from tests.jit_process import nvrtc, reports, run, run_package
 
 COMPILE = "report(compile())"
 
@@ -31,8 +31,7 @@ def nvcc() -> str:
 @pytest.mark.parametrize("value", ["1", "yes"])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switch_prints(switch: str, value: str, tmp_path: Path) -> None:
-    # The interleaver, which is off by default, has nothing to print when it does not run.
-    stderr = run(COMPILE, tmp_path, DG_DISABLE_FFMA_INTERLEAVE="0", **{switch: value}).stderr
+    stderr = run(COMPILE, tmp_path, **{switch: value}).stderr
     assert stderr.startswith("jax_deepgemm: ")
     assert SWITCHES[switch] in stderr
 
@@ -88,40 +87,47 @@ def test_cache_dir(cache_dir: str, expected: str, tmp_path: Path) -> None:
     assert Path(toolchain["cache_dir"]) == tmp_path / expected
 
 
-# A loop of multiply-adds on registers, which ptxas writes as one run of FFMA.
-FFMA = """
-CHAINS = '''extern "C" __global__ void __launch_bounds__(256) chains(float* x, float a, float b) {
-  float v[32];
-  for (int i = 0; i < 32; ++i) v[i] = x[i * 256 + threadIdx.x];
-#pragma unroll 1
-  for (int k = 0; k < 1000; ++k)
-    for (int i = 0; i < 32; ++i) v[i] = v[i] * a + b;
-  for (int i = 0; i < 32; ++i) x[i * 256 + threadIdx.x] = v[i];
-}'''
-image = native.jit_compile("chains", "chains", CHAINS, {})["image"]
-_, runs = native.interleave(image)
-report({"alternating": [run["alternating"] for run in runs]})
+# A kernel with two math warpgroups: ptxas makes every second FFMA of its long runs yield.
+GEMM = """
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import _native
+problem = check_problem("test", 1, 4096, 1024, num_sms=132)
+config = GemmConfig(block_m=128, block_n=128, num_stages=4).fields
+text, headers = _native.kernel_source(problem, config)
+image = _native.jit_compile("gemm", _native.kernel_name(problem, config), text, headers)["image"]
+print([run["alternates"] for run in _native.interleave(image)[1]])
 """
 
 
-@pytest.mark.parametrize(("value", "interleaved"), [("0", True), ("1", False)])
-def test_disable_ffma_interleave(value: str, interleaved: bool, tmp_path: Path) -> None:
-    (result,) = reports(run(FFMA, tmp_path, DG_DISABLE_FFMA_INTERLEAVE=value))
-    assert result["alternating"]
-    assert all(result["alternating"]) == interleaved
+@pytest.mark.parametrize(
+    ("switches", "interleaved"),
+    [
+        ({}, True),
+        ({"DG_DISABLE_FFMA_INTERLEAVE": "0"}, True),
+        ({"DG_DISABLE_FFMA_INTERLEAVE": "1"}, False),
+    ],
+    ids=["default", "on", "off"],
+)
+def test_disable_ffma_interleave(
+    switches: dict[str, str], interleaved: bool, tmp_path: Path
+) -> None:
+    nvrtc()
+    assert ("True" not in run_package(GEMM, tmp_path, **switches).stdout) == interleaved
 
 
 def test_print_reg_reuse_counts_runs_on_a_disk_hit_too(tmp_path: Path) -> None:
-    switches = {"DG_PRINT_REG_REUSE": "1", "DG_DISABLE_FFMA_INTERLEAVE": "0"}
-    stderr = run(FFMA, tmp_path, **switches).stderr
-    assert stderr.startswith("jax_deepgemm: FFMA runs of chains: ")
-    assert "\n  .text.chains+0x" in stderr
-    assert run(FFMA, tmp_path, **switches).stderr == stderr
+    nvrtc()
+    stderr = run_package(GEMM, tmp_path, DG_PRINT_REG_REUSE="1").stderr
+    assert stderr.startswith("jax_deepgemm: FFMA runs of gemm: ")
+    assert "\n  .text.dg_gemm_" in stderr
+    assert run_package(GEMM, tmp_path, DG_PRINT_REG_REUSE="1").stderr == stderr
 
 
 def test_print_reg_reuse_prints_nothing_without_the_interleaver(tmp_path: Path) -> None:
+    nvrtc()
     switches = {"DG_PRINT_REG_REUSE": "1", "DG_DISABLE_FFMA_INTERLEAVE": "1"}
-    assert run(FFMA, tmp_path, **switches).stderr == ""
+    assert run_package(GEMM, tmp_path, **switches).stderr == ""
 
 
 def test_variables_are_read_once(tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ void barrier_cluster_wait();
 uint32_t smem_address(const void* pointer);
 uint32_t mapa(uint32_t address, uint32_t rank);
 float ld_shared(uint32_t address);
+inline void ld_shared_if(bool condition, float& value, uint32_t address) {
+  if (condition) value = ld_shared(address);
+}
 int ld_shared_s32(uint32_t address);
 void st_shared_s32(uint32_t address, int value);
 float4 ld_shared_v4(uint32_t address);

@@ -50,8 +50,7 @@ def run(m, n, k, *fields):
     }), flush=True)
 """
 
-# Kernels of one math warpgroup, in which the interleaver finds something to do, and of two, where
-# the compiler may have done it all.
+# Kernels of one math warpgroup, which the interleaver leaves as they are, and of two.
 ALL = """
 for shape, fields in (
     ((200, 264, 656), (64, 64, 4, 1)),
