@@ -69,8 +69,12 @@ class Mainloop {
   }
 
  private:
-  // One accumulator: the tensor cores work for the other warpgroup while this one promotes. With
-  // one wave, scales are read a k-block ahead, if they are there; with two, that gained nothing.
+  // One accumulator: the tensor cores work for the other warpgroup while this one promotes. They
+  // idle where the way from one wgmma of a warpgroup to its next takes longer than the wgmmas of
+  // both: 512 cycles with 64x128, of which it takes 256 itself, 60 to begin and to be seen to end,
+  // and most of the rest for the FFMAs, which is why their hints matter (csrc/jit/interleave.h).
+  // With one wave, scales are read a k-block ahead, if they are there; with two, that gained
+  // nothing.
   __device__ void run_alternating(float (&total)[kWaves][kAccumulators]) {
     constexpr bool kReadsAhead = kWaves == 1;
     if constexpr (kReadsAhead) read_scales(0);
