@@ -28,7 +28,7 @@ namespace {
 using SharedCubin = std::shared_ptr<const Cubin>;
 
 // Changes whenever cache files or the passes that make them do.
-constexpr char kFormat[] = "jax_deepgemm cubin 2";
+constexpr char kFormat[] = "jax_deepgemm cubin 3";
 
 // How long to wait for another process that compiles the same kernel; a compile takes well under a
 // second with NVRTC, some seconds with NVCC.

@@ -8,9 +8,9 @@
 // slot unless another warp is ready, and an instruction that yields keeps no operand for the next
 // one, so the scale, which a run multiplies with, is read again for each. Yet without any yield the
 // other warpgroup's next wgmma comes up to a run too late. One yield in kYieldPeriod, and the scale
-// kept in between, is 2 to 4 % faster (docs/performance.md). Runs of a lone math warpgroup, which
-// ptxas lets not yield, stay as they are: yields cost those up to 1 %. cache.h runs the pass
-// between the compiler and the disk.
+// kept in between, is 1 to 3 % faster (docs/performance.md). Runs of a lone math warpgroup, which
+// ptxas lets not yield, stay as they are: yields cost those up to 2 %. So does what older compilers
+// make, which never yield. cache.h runs the pass between the compiler and the disk.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@
 namespace dg::jit {
 
 // Every how many instructions of a run one yields. Measured with NVRTC 13.0 on an H100: 7 to 11 are
-// equal for most tiles; of those, 7 was worst for none.
+// within 1 % of each other.
 inline constexpr int kYieldPeriod = 7;
 
 // One run of at least kMinFfmaRun consecutive FFMA instructions, before and after the pass.

@@ -310,7 +310,8 @@ class Mainloop {
   uint32_t next_b_ = 0;
   uint32_t next_scales_ = 0;
   bool next_full_ = false;
-  // Of the wave issued last: SFA of this thread's two rows, SFB of the columns' blocks.
+  // Of the wave issued last or, read ahead, of the next one: SFA of this thread's two rows, SFB of
+  // the columns' blocks.
   float row_0_ = 0;
   float row_1_ = 0;
   float columns_[kScaleBlocks] = {};
