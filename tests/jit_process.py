@@ -44,6 +44,18 @@ def report(result):
     print(json.dumps({{key: value for key, value in result.items() if key != "image"}}), flush=True)
 """
 
+# For `run_package`: `image`, a kernel with two math warpgroups. As ptxas leaves it, its runs of 64
+# and 63 FFMA alternate between yielding and not.
+GEMM = """
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import _native
+problem = check_problem("test", 1, 4096, 1024, num_sms=132)
+config = GemmConfig(block_m=128, block_n=256, num_stages=3).fields
+text, headers = _native.kernel_source(problem, config)
+image = _native.jit_compile("gemm", _native.kernel_name(problem, config), text, headers)["image"]
+"""
+
 
 @functools.cache
 def nvrtc() -> str:

@@ -48,8 +48,7 @@ std::string Key(const KernelSource& source, const Compiler& compiler) {
   Sha256 sha;
   sha.UpdateField(kFormat);
   sha.UpdateField(compiler.identity());  // The options are part of it.
-  sha.UpdateField(GetEnvironment().interleave ? "yields every " + std::to_string(kYieldPeriod)
-                                              : std::string("as compiled"));
+  sha.UpdateField(GetEnvironment().interleave ? "interleaved" : "as compiled");
   sha.UpdateField(source.name);
   sha.UpdateField(source.entry);
   sha.UpdateField(source.text);

@@ -94,10 +94,9 @@ class Mainloop {
         add(total[wave], partial);
       }
       if (__builtin_expect(--left == 0, false)) break;
-      const bool has_read = kReadsAhead && next_full_;
       acquire();
       if constexpr (kReadsAhead) {
-        if (__builtin_expect(!has_read, false)) read_scales(0);
+        if (__builtin_expect(!next_full_, false)) read_scales(0);
       }
     }
   }

@@ -15,7 +15,7 @@ import cuda.pathfinder
 import pytest
 
 from jax_deepgemm.ffi import _native
-from tests.jit_process import nvrtc, run, run_package
+from tests.jit_process import GEMM, nvrtc, run, run_package
 
 # 128 bits, little endian: opcode 11-0, destination 23-16, operands 31-24, 39-32 and 71-64,
 # yield 109 (0 = yield), reuse 125-122.
@@ -51,18 +51,6 @@ extern "C" __global__ void __launch_bounds__(256) few(float* x, float a, float b
 }
 """
 
-# A kernel with two math warpgroups: as ptxas leaves it, its runs of 64 and 63 alternate.
-GEMM = """
-from jax_deepgemm import GemmConfig
-from jax_deepgemm.config import check_problem
-from jax_deepgemm.ffi import _native
-problem = check_problem("test", 1, 4096, 1024, num_sms=132)
-config = GemmConfig(block_m=128, block_n=256, num_stages=3).fields
-text, headers = _native.kernel_source(problem, config)
-name = _native.kernel_name(problem, config)
-print(_native.jit_compile(name, name, text, headers)["image"].hex())
-"""
-
 
 @pytest.fixture(scope="module")
 def promotion(tmp_path_factory: pytest.TempPathFactory) -> bytes:
@@ -78,7 +66,8 @@ def cubin(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """GEMM as NVRTC compiles it."""
     nvrtc()
     cache = tmp_path_factory.mktemp("cache")
-    return bytes.fromhex(run_package(GEMM, cache, DG_DISABLE_FFMA_INTERLEAVE="1").stdout)
+    body = GEMM + "print(image.hex())"
+    return bytes.fromhex(run_package(body, cache, DG_DISABLE_FFMA_INTERLEAVE="1").stdout)
 
 
 def words(image: bytes, offset: int, count: int) -> list[int]:
@@ -103,10 +92,15 @@ def text_section(image: bytes, kernel: str) -> tuple[int, int]:
     raise AssertionError(f"no code of {kernel}")
 
 
+def run_offset(image: bytes, ffmas: dict[str, Any]) -> int:
+    """The file offset of a run."""
+    start, _ = text_section(image, ffmas["section"].removeprefix(".text."))
+    return start + int(ffmas["offset"])
+
+
 def instructions(image: bytes, ffmas: dict[str, Any]) -> list[int]:
     """Those of a run."""
-    start, _ = text_section(image, ffmas["section"].removeprefix(".text."))
-    return words(image, start + ffmas["offset"], ffmas["length"])
+    return words(image, run_offset(image, ffmas), ffmas["length"])
 
 
 def yields(ffma: int) -> bool:
@@ -165,8 +159,7 @@ def test_last_of_a_run_keeps_what_the_compiler_says(reuse: int, cubin: bytes) ->
     # What comes after it is no FFMA.
     _, runs = long_runs(cubin)
     ffmas = next(ffmas for ffmas in runs if ffmas["length"] % PERIOD != 0)
-    start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
-    offset = start + ffmas["offset"] + 16 * (ffmas["length"] - 1)
+    offset = run_offset(cubin, ffmas) + 16 * (ffmas["length"] - 1)
     word = words(cubin, offset, 1)[0] & ~REUSE | reuse
     changed = cubin[:offset] + word.to_bytes(16, "little") + cubin[offset + 16 :]
     image, _ = _native.interleave(changed)
@@ -178,8 +171,7 @@ def test_not_kept(what: str, cubin: bytes) -> None:
     # An FFMA that writes the register that the next one multiplies with, and two that multiply with
     # register 255, which is zero and is not read.
     _, (ffmas, *_) = long_runs(cubin)
-    start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
-    offset = start + ffmas["offset"]
+    offset = run_offset(cubin, ffmas)
     first, second = words(cubin, offset, 2)
     assert shared_slots(first, second) == 1 << 123
     if what == "result":
@@ -208,8 +200,7 @@ def test_nothing_but_yield_and_reuse_bits_of_the_runs_changes(cubin: bytes) -> N
     assert len(image) == len(cubin)
     expected = bytearray(image)
     for ffmas in runs:
-        start, _ = text_section(image, ffmas["section"].removeprefix(".text."))
-        start += ffmas["offset"]
+        start = run_offset(image, ffmas)
         for offset in range(start, start + 16 * ffmas["length"], 16):
             (old,), (new,) = words(cubin, offset, 1), words(image, offset, 1)
             assert old & OPCODE == FFMA
@@ -221,8 +212,7 @@ def test_nothing_but_yield_and_reuse_bits_of_the_runs_changes(cubin: bytes) -> N
 def test_runs_are_maximal(cubin: bytes) -> None:
     _, runs = _native.interleave(cubin)
     for ffmas in runs:
-        start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
-        start += ffmas["offset"]
+        start = run_offset(cubin, ffmas)
         before, after = (
             words(cubin, start - 16, 1)[0],
             words(cubin, start + 16 * ffmas["length"], 1)[0],
@@ -250,8 +240,7 @@ def test_pass_is_idempotent(cubin: bytes) -> None:
 def test_run_alternates_save_for_one_pair(cubin: bytes) -> None:
     # ptxas leaves such irregularities.
     image, (ffmas, *_) = long_runs(cubin)
-    start, _ = text_section(cubin, ffmas["section"].removeprefix(".text."))
-    offset = start + ffmas["offset"] + 16 * (ffmas["length"] // 2)
+    offset = run_offset(cubin, ffmas) + 16 * (ffmas["length"] // 2)
     (word,) = words(cubin, offset, 1)
     irregular = cubin[:offset] + (word ^ NO_YIELD).to_bytes(16, "little") + cubin[offset + 16 :]
     again, _ = _native.interleave(irregular)
