@@ -205,8 +205,11 @@ int ResidentClusters(const GemmProblem& problem, int cluster_size) {
 int GridSize(const GemmProblem& problem, const GemmConfig& config) {
   const int64_t tiles = MostRowTiles(problem, config) *
                         CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
-  const int64_t clusters =
-      std::min<int64_t>(tiles, ResidentClusters(problem, config.cluster_size()));
+  int64_t clusters = std::min<int64_t>(tiles, ResidentClusters(problem, config.cluster_size()));
+  if (problem.grouping == Grouping::kDense && clusters > 0 &&
+      leaves_sms_idle(config.block_m, config.block_n, config.cluster_m, KBlocks(problem))) {
+    clusters = CeilDiv(tiles, CeilDiv(tiles, clusters));
+  }
   return static_cast<int>(clusters) * config.cluster_size();
 }
 

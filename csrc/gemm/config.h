@@ -7,6 +7,7 @@
 #include <string>
 
 #include "csrc/kernels/grouping.h"
+#include "csrc/kernels/schedule.h"
 #include "csrc/kernels/smem_layout.h"
 
 namespace dg {
@@ -84,7 +85,7 @@ int64_t RowsPerGroup(const GemmProblem& problem);
 int ResidentClusters(const GemmProblem& problem, int cluster_size);
 
 // CTAs to launch: one per SM, in whole clusters that fit at the same time, and none that could not
-// have a tile however the rows are grouped.
+// have a tile however the rows are grouped, or of a dense problem should not (schedule.h).
 int GridSize(const GemmProblem& problem, const GemmConfig& config);
 
 }  // namespace dg

@@ -44,6 +44,7 @@
 // clang-format off: each file uses the ones before it.
 #include "grouping.h"
 #include "smem_layout.h"
+#include "schedule.h"
 #include "ptx.cuh"
 #include "pipeline.cuh"
 #include "row_tiles.cuh"

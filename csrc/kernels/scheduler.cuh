@@ -25,12 +25,11 @@ struct Tile {
   int column;  // of tiles; CTAs that share A count as one
 };
 
-// Where the tensor cores set the pace, they do so at the clock that the power limit leaves them.
-// CTAs that would have no tile in the last round then do better to have none at all: the same
-// number of rounds at a higher clock. With few k-blocks per tile, memory sets the pace and takes
-// all SMs. Measured with 256x128 tiles; 128x256 ones, or nearly, do the same work.
+// Whether some of the clusters that were launched take no tile; of a dense problem's none were
+// launched that should not.
 constexpr bool kLeavesSmsIdle =
-    (kRowsPerCluster > 128 || config::kBlockM * config::kBlockN > 128 * 192) && kKBlocks >= 16;
+    kGrouping != Grouping::kDense &&
+    leaves_sms_idle(config::kBlockM, config::kBlockN, config::kClusterM, kKBlocks);
 
 // Members are called by whole warps.
 class Scheduler {
@@ -85,13 +84,17 @@ class Scheduler {
         return tile_at(0, index - column * end, column);
       }
     }
-    constexpr int kTilesPerSwath = config::kRasterM * kTileColumns;
-    const int in_swath = index % kTilesPerSwath;
-    const int first_row = begin + index / kTilesPerSwath * config::kRasterM;
+    constexpr uint32_t kSwathRows = config::kRasterM;
+    constexpr uint32_t kTilesPerSwath = kSwathRows * kTileColumns;
+    const int swath = static_cast<uint32_t>(index) / kTilesPerSwath;
+    const int in_swath = static_cast<uint32_t>(index) % kTilesPerSwath;
+    const int first_row = begin + swath * config::kRasterM;
     const int rows = min(config::kRasterM, end - first_row);
     // The last swath may be lower than the others; its tiles past the end are those whose column
     // does not exist.
-    const int column = rows <= 0 ? kTileColumns : quotient(in_swath, rows);
+    const int column = rows == config::kRasterM ? static_cast<uint32_t>(in_swath) / kSwathRows
+                       : rows <= 0              ? kTileColumns
+                                                : quotient(in_swath, rows);
     if (column >= kTileColumns) return {0, 0, 0, kStop, 0, 0};
     return tile_at(first_row, in_swath - column * rows, column);
   }

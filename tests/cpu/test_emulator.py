@@ -79,6 +79,7 @@ KERNELS = {
     "128x112, k in 4": kernel(DENSE, 136, 656, 128, 112, 2, cluster_k=4, arrivals_per_warp=32),
     "contiguous, 64x64": kernel(CONTIGUOUS, 136, 304, 64, 64, 4, 1, raster_m=8),
     "contiguous, 256x64": kernel(CONTIGUOUS, 136, 400, 256, 64, 3),
+    "contiguous, 256x64, SMs left idle": kernel(CONTIGUOUS, 136, 2064, 256, 64, 2),
     "contiguous, 128x96, shared A": kernel(CONTIGUOUS, 264, 272, 128, 96, 2, cluster_n=2),
     "masked, 128x224, shared A": kernel(MASKED, 264, 272, 128, 224, 2, cluster_n=2),
     "masked, 64x112": kernel(MASKED, 136, 304, 64, 112, 3, 1, raster_m=8),
