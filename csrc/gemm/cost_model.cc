@@ -58,16 +58,15 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double math = tensor + (promote + waves * model.gap_cycles) / warpgroups;
   const double fill = (block_m + block_n) * kBlockK / model.sm_bytes_per_cycle;
   // CTAs that have not drifted apart yet ask for the same lines together, which L2 answers once.
-  // With two rows of tiles at most, all of them share A and neighbours B.
-  const int64_t rows = problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem);
-  const double a_rows = std::min<double>(block_m, rows);  // TMA copies those that are there
-  const double shared = (a_rows / config.cluster_n + block_n / config.cluster_m) * kBlockK;
-  const bool few_rows = tiling.group_rows * config.cluster_m <= 2;
-  const double in_step = std::min(1.0, model.in_step_blocks / (tiling.rounds * k_blocks));
-  const double answers = few_rows ? model.few_rows : 1 + (model.in_step - 1) * in_step;
-  const double l2 = shared * ctas / (model.l2_bytes_per_us * answers) * 1e3 * model.clock_ghz;
+  // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.
+  double l2 = 0;
+  if (tiling.group_rows * config.cluster_m > 2) {
+    const double shared = (block_m / config.cluster_n + block_n / config.cluster_m) * kBlockK;
+    const double rate = model.l2_bytes_per_us * (tiling.rounds <= 3 ? model.in_step : 1);
+    l2 = shared * ctas / rate * 1e3 * model.clock_ghz;
+  }
   const double k_block =
-      std::max({math, fill, l2, model.min_k_block_cycles}) + (few_rows ? 0 : model.exposed_l2 * l2);
+      std::max({math, fill, l2, model.min_k_block_cycles}) + model.exposed_l2 * l2;
 
   const double boxes = columns / smem.store_cols();
   const double epilogue =

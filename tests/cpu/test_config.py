@@ -435,7 +435,7 @@ def test_two_rows_of_tiles_do_not_split_k_on_an_h200() -> None:
 
 
 def test_128x256_is_preferred_to_its_transpose() -> None:
-    selected = select_config(4096, 7168, 16384, num_sms=132)
+    selected = select_config(4096, 4096, 7168, num_sms=132)
     assert (selected.block_m, selected.block_n, selected.cluster_m) == (128, 256, 2)
 
 
