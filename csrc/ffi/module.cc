@@ -142,6 +142,9 @@ void BindGemm(nb::module_& m) {
       nb::arg("problem"), nb::arg("configs"), nb::arg("constants") = nb::dict());
   m.def("smem_bytes",
         [](const ConfigFields& config) { return WellFormed(config).smem().total_bytes(); });
+  m.def("grid_size", [](const ProblemFields& problem, const ConfigFields& config) {
+    return GridSize(ToProblem(problem), WellFormed(config));
+  });
   m.def("kernel_name", [](const ProblemFields& problem, const ConfigFields& config) {
     return KernelName(ToProblem(problem), WellFormed(config));
   });

@@ -1,8 +1,8 @@
-// How many clusters share a launch's tiles.
+// Which kernels leave those SMs idle in every round that would have no tile in the last one.
 //
-// Compiled twice, like smem_layout.h: by the host, which launches so many where it knows the tiles
-// (csrc/gemm), and by the device compiler, where only the device does. Plain C++17 without
-// includes, because the device side has no standard library.
+// Compiled twice, like smem_layout.h: by the host, which launches fewer clusters where it knows how
+// many tiles there are (GridSize), and by the device compiler, where only the device knows
+// (scheduler.cuh). Plain C++17 without includes, because the device side has no standard library.
 #pragma once
 
 namespace dg {

@@ -423,6 +423,31 @@ def test_what_is_legal_compiles(config: GemmConfig) -> None:
     assert report.smem_bytes == smem_bytes(config)
 
 
+WIDE = GemmConfig(128, 256, 3, cluster_m=2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "config", "grid"),
+    [
+        ({"m": 4096, "n": 4096, "k": 7168}, WIDE, 128),  # 256 clusters of tiles: 4 x 64
+        ({"m": 4096, "n": 7168, "k": 2048}, WIDE, 128),  # 448: 7 x 64
+        ({"m": 4096, "n": 7168, "k": 1920}, WIDE, 132),  # few k-blocks: all SMs
+        ({"m": 4096, "n": 2112, "k": 7168}, GemmConfig(128, 192, 4), 132),  # no such tall tiles
+        ({"m": 256, "n": 512, "k": 7168}, WIDE, 4),
+        ({"m": 0, "n": 512, "k": 7168}, WIDE, 0),
+        # Only the device knows how many tiles there are.
+        (
+            {"m": 8192, "n": 4096, "k": 7168, "op": "contiguous", "num_groups": 4},
+            GemmConfig(256, 128, 3),
+            132,
+        ),
+    ],
+)
+def test_grid(problem: dict[str, Any], config: GemmConfig, grid: int) -> None:
+    fields = check_problem("test_grid", num_sms=132, **problem)
+    assert _native.grid_size(fields, config.fields) == grid
+
+
 def test_two_rows_of_tiles_do_not_split_k_on_an_h200() -> None:
     """An H200 took 10 to 20 % longer than estimated with these."""
     for n, k, slow in (
