@@ -81,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--iterations", type=parse_count, default=20, help="timed calls of each kernel (20)"
     )
     parser.add_argument(
+        "--num-sms",
+        type=parse_count,
+        metavar="N",
+        help="SMs that our kernels may use, as set_num_sms says it (all); others keep all",
+    )
+    parser.add_argument(
         "--dirty-l2",
         action="store_true",
         help="flush by writing alone, as DeepGEMM's published tables do",
@@ -231,6 +237,8 @@ def run(args: argparse.Namespace) -> int:
         if not gpu:
             print(machine.why_no_gpu(), file=sys.stderr)
             return 1
+        if args.num_sms:
+            jax_deepgemm.set_num_sms(args.num_sms)
         document = _benchmark(gpu, args)
     if args.plot:
         roofline_figure(document).savefig(args.plot, format="png")
@@ -431,7 +439,8 @@ def _add_streams(rows: Sequence[Row], args: argparse.Namespace) -> None:
     for shapes in batches([row_shape(row) for row in dense], len(dense), STREAM_BYTES):
         part, dense = dense[: len(shapes)], dense[len(shapes) :]
         kernels = [(shape, row["config"]) for shape, row in zip(shapes, part, strict=True)]
-        answer = _ask(STREAM, args, {"kernels": kernels}, stream.ENVIRONMENT)
+        request = {"kernels": kernels, "num_sms": args.num_sms}
+        answer = _ask(STREAM, args, request, stream.ENVIRONMENT)
         for i, row in enumerate(part):
             failed = isinstance(answer, str)
             row.setdefault("baselines", {})

@@ -2,14 +2,15 @@
 
 It runs in a process of its own, because DG_STREAM_ONLY is read once per process. Its only argument
 is JSON, {"kernels": [[[op, groups, m_per_group, n, k], {config}], ...], "iterations": ..,
-"dirty_l2": ..}; the answer is the last line of stdout, a list of times in microseconds.
+"dirty_l2": .., "num_sms": .. or null}; the answer is the last line of stdout, a list of times in
+microseconds.
 """
 
 import json
 import statistics
 import sys
 
-from jax_deepgemm import GemmConfig
+from jax_deepgemm import GemmConfig, set_num_sms
 from jax_deepgemm.cli import machine
 from jax_deepgemm.cli.harness import KERNEL_PREFIX
 from jax_deepgemm.cli.problem import operation, random_problems
@@ -26,6 +27,8 @@ def main() -> None:
     gpu = machine.hopper_gpu()
     if gpu is None:
         raise SystemExit(machine.why_no_gpu())
+    if request["num_sms"]:
+        set_num_sms(request["num_sms"])
     shapes, configs = zip(*request["kernels"], strict=True)
     problems = random_problems([Shape(*shape) for shape in shapes], seed=0)
     calls = []

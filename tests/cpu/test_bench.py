@@ -300,6 +300,13 @@ class TestCommand:
         assert main(arguments) == 0
         assert "1.000" in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_num_sms(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(jax_deepgemm.device, "_num_sms_limit", 0)
+        arguments = ["bench", "--shapes", str(SHAPE), "--iterations", "2", "--baselines", "none"]
+        assert main([*arguments, "--num-sms", "66"]) == 0
+        assert jax_deepgemm.device.num_sms_limit() == 66
+
     @pytest.mark.usefixtures("cpu_as_gpu", "small_moe")
     def test_groups_and_moe(
         self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
@@ -392,11 +399,11 @@ class TestCommand:
         code = (
             "import json, os, sys\n"
             "request = json.loads(sys.argv[1])\n"
-            "assert os.environ['DG_STREAM_ONLY'] == '1'\n"
+            "assert os.environ['DG_STREAM_ONLY'] == '1' and request['num_sms'] == 66\n"
             "print(json.dumps([config['block_n'] for _, config in request['kernels']]))"
         )
         monkeypatch.setattr(bench, "STREAM", [script(tmp_path, code)])
-        arguments = argparse.Namespace(iterations=2, dirty_l2=False)
+        arguments = argparse.Namespace(iterations=2, dirty_l2=False, num_sms=66)
         rows = [harness.shape_row(shape, CONFIGS[0]) for shape in (GROUPED, SHAPE, SHAPE)]
         rows[1]["failed"] = "it raised"
         bench._add_streams(rows, arguments)
@@ -412,7 +419,7 @@ class TestCommand:
         monkeypatch.setenv("PYTHONPATH", package_root)
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
         rows = [harness.shape_row(SHAPE, CONFIGS[0])]
-        bench._add_streams(rows, argparse.Namespace(iterations=2, dirty_l2=False))
+        bench._add_streams(rows, argparse.Namespace(iterations=2, dirty_l2=False, num_sms=66))
         assert rows[0]["baselines"] == {"stream_failed": machine.why_no_gpu()}
 
     def test_without_a_gpu(self) -> None:
@@ -440,6 +447,7 @@ class TestCommand:
             (["--sweep", "all"], "'all' is not a factor from 1 up"),
             (["--compare", "/nowhere.json"], "/nowhere.json: [Errno 2]"),
             (["--output", "/nowhere/results.json"], "there is no folder /nowhere"),
+            (["--num-sms", "0"], "'0' is not a number from 1 to"),
             (["--iterations", "0"], "'0' is not a number from 1 to"),
             (["--config", "block_m=99999999999"], "'99999999999' is not a number from 1 to"),
         ],
