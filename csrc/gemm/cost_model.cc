@@ -56,7 +56,9 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double tensor = block_m * block_n / 32;
   const double promote = smem.overlaps_promotion() ? 0 : waves * columns / 2;
   const double math = tensor + (promote + waves * model.gap_cycles) / warpgroups;
-  const double fill = (block_m + block_n) * kBlockK / model.sm_bytes_per_cycle;
+  const double a_rows = std::min<double>(
+      block_m, problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem));
+  const double fill = (a_rows + block_n) * kBlockK / model.sm_bytes_per_cycle;
   // CTAs that have not drifted apart yet ask for the same lines together, which L2 answers once.
   // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.
   double l2 = 0;
@@ -68,14 +70,22 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double k_block =
       std::max({math, fill, l2, model.min_k_block_cycles}) + model.exposed_l2 * l2;
 
+  // What a k-block of the last column of tiles takes more. Its rows of B past n are zeros, which
+  // TMA is slower to fill in than rows to copy (groups have the next one's rows there).
+  const double zeros = problem.grouping == Grouping::kDense
+                           ? CeilDiv(problem.n, config.block_n) * block_n - double(problem.n)
+                           : 0;
+  const double zero_cycles = model.zero_row_cycles - kBlockK / model.sm_bytes_per_cycle;
+  const double tail = std::max(0.0, fill + zeros * zero_cycles - k_block);
+
   const double boxes = columns / smem.store_cols();
   const double epilogue =
       (model.epilogue_cycles + waves * (columns * model.column_cycles + boxes * model.box_cycles)) *
       (warpgroups == 1 ? 1 : model.paired_epilogue);
   const double work = tiling.tiles * config.cluster_size() / problem.num_sms * k_blocks * tensor;
   const double compute_us =
-      (tiling.rounds * (k_blocks * k_block + epilogue) + model.energy * work) / model.clock_ghz *
-      1e-3;
+      (tiling.rounds * (k_blocks * k_block + epilogue) + k_blocks * tail + model.energy * work) /
+      model.clock_ghz * 1e-3;
 
   // Weights come more slowly where too few or too many of their bytes are in flight, as few are in
   // a last round without tiles for all.
@@ -96,7 +106,8 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double n = problem.n, k = problem.k;
   const double memory_us =
       (m * k + slow * ActiveGroups(problem) * n * k + model.stored_share * 2 * m * n) /
-      hbm_bytes_per_us;
+          hbm_bytes_per_us +
+      (tiling.rounds - 1) * model.tile_us;
 
   double fixed_us = model.launch_us + (model.first_stage * fill + model.last_epilogue * epilogue) /
                                           model.clock_ghz * 1e-3;
