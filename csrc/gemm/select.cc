@@ -68,8 +68,11 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem) {
           config.num_stages = Stages(problem, config);
           config.raster_m = RasterRows(problem, config);
           // Three stages keep loads in flight while one is consumed; fewer starve the tensor cores.
-          // A lone warpgroup with more than one wave would leave them idle while it promotes.
-          if (config.num_stages < 3 || (warpgroups == 1 && block_m > 64)) continue;
+          // A lone warpgroup leaves them idle while it promotes, unless its next wave runs
+          // meanwhile.
+          const bool idles =
+              warpgroups == 1 && (block_m > 64 || !config.smem().overlaps_promotion());
+          if (config.num_stages < 3 || idles) continue;
           if (WhyIllegal(problem, config).empty()) candidates.push_back(config);
         }
       }
