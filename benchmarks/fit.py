@@ -42,19 +42,27 @@ class Sweep(NamedTuple):
     problem: Problem
     configs: list[tuple[int, ...]]
     times_us: Floats
+    candidates: NDArray[np.bool_]  # which of them selection chooses among today
 
     def estimates_us(self, constants: Constants) -> Floats:
         """What the model says of every configuration."""
         return np.array(_native.estimates_us(self.problem, self.configs, constants))
 
+    def choice(self, estimates_us: Floats) -> int:
+        """The configuration that selection takes if it estimates these times."""
+        return int(np.argmin(np.where(self.candidates, estimates_us, np.inf)))
+
     def regret(self, constants: Constants) -> float:
         """How much longer the model's choice takes than the fastest, as a fraction."""
-        choice = int(np.argmin(self.estimates_us(constants)))
+        choice = self.choice(self.estimates_us(constants))
         return float(self.times_us[choice] / self.times_us.min() - 1)
 
 
 def read_sweeps(document: dict[str, Any]) -> list[Sweep]:
-    """The sweeps of a results file of `bench --sweep`; what raised or was wrong is left out."""
+    """The sweeps of a results file of `bench --sweep`.
+
+    What raised or was wrong is left out, and sweeps that timed nothing that selection would take.
+    """
     sweeps = []
     for row in document["rows"]:
         timed = {text: time for text, time in row["sweep"].items() if isinstance(time, float)}
@@ -62,7 +70,11 @@ def read_sweeps(document: dict[str, Any]) -> list[Sweep]:
             shape = Shape(*(row[field] for field in Shape._fields))
             problem = check_problem("read_sweeps", **shape.selection, **document["selection"])
             configs = [parse_config_text(text).fields for text in timed]
-            sweeps.append(Sweep(shape, problem, configs, np.array(list(timed.values()))))
+            legal = set(map(tuple, _native.candidates(problem)))
+            candidates = np.array([config in legal for config in configs])
+            if candidates.any():
+                times = np.array(list(timed.values()))
+                sweeps.append(Sweep(shape, problem, configs, times, candidates))
     return sweeps
 
 
@@ -72,7 +84,7 @@ def loss(sweeps: Sequence[Sweep], constants: Constants) -> float:
     for sweep in sweeps:
         estimates = sweep.estimates_us(constants)
         fastest = sweep.times_us.min()
-        regrets.append(math.log(sweep.times_us[np.argmin(estimates)] / fastest))
+        regrets.append(math.log(sweep.times_us[sweep.choice(estimates)] / fastest))
         # Slow configurations need not be estimated well, if only they are not chosen.
         weights = (fastest / sweep.times_us) ** 8
         errors.append(np.average(np.log(estimates / sweep.times_us) ** 2, weights=weights))

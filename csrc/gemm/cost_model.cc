@@ -6,10 +6,14 @@
 namespace dg {
 namespace {
 
+// Rows of one group, or of all that a dense product has.
+int64_t GroupRows(const GemmProblem& problem) {
+  return problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem);
+}
+
 // Rows of tiles in one group.
 double GroupTileRows(const GemmProblem& problem, const GemmConfig& config) {
-  const int64_t rows = int64_t{config.block_m} * config.cluster_m;
-  return CeilDiv(problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem), rows);
+  return CeilDiv(GroupRows(problem), int64_t{config.block_m} * config.cluster_m);
 }
 
 // Rows of tiles in all groups.
@@ -56,8 +60,7 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double tensor = block_m * block_n / 32;
   const double promote = smem.overlaps_promotion() ? 0 : waves * columns / 2;
   const double math = tensor + (promote + waves * model.gap_cycles) / warpgroups;
-  const double a_rows = std::min<double>(
-      block_m, problem.grouping == Grouping::kDense ? problem.m : RowsPerGroup(problem));
+  const double a_rows = std::min<double>(block_m, GroupRows(problem));
   const double fill = (a_rows + block_n) * kBlockK / model.sm_bytes_per_cycle;
   // CTAs that have not drifted apart yet ask for the same lines together, which L2 answers once.
   // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.

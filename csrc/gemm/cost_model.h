@@ -9,10 +9,10 @@
 namespace dg {
 
 // The constants, fitted to sweeps with a cold, clean L2 together: every named shape on an H100
-// (180), 58 of them on an H200 (DeepGEMM's dense and grouped shapes, decode), and there 213 that
-// are named nowhere. On those, what is selected is 0.6, 0.5 and 2.4 % slower than the fastest
-// configuration by geometric mean and 7, 5 and 14 % at worst; on 80 that they were not fitted to,
-// whose weights have other n and k, 1.8 and 15 %. benchmarks/results has the sweeps.
+// (180), 58 of them on an H200 (DeepGEMM's dense and grouped shapes, decode), and there 213 drawn
+// at random, 15 of them named. On those, what is selected is 0.6, 0.5 and 2.4 % slower than the
+// fastest configuration by geometric mean and 7, 5 and 14 % at worst; on 80 that they were not
+// fitted to, whose weights have other n and k, 1.8 and 15 %. benchmarks/results has the sweeps.
 struct CostModel {
   double clock_ghz = 2.03;                // while multiplying FP8
   double hbm_share = 0.841;               // of the peak, streaming weights

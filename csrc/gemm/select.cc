@@ -68,8 +68,8 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem) {
           config.num_stages = Stages(problem, config);
           config.raster_m = RasterRows(problem, config);
           // Three stages keep loads in flight while one is consumed; fewer starve the tensor cores.
-          // A lone warpgroup leaves them idle while it promotes, unless its next wave runs
-          // meanwhile.
+          // A lone warpgroup would leave them idle while it promotes, if it has more than one wave
+          // or cannot promote under its next wgmma.
           const bool idles =
               warpgroups == 1 && (block_m > 64 || !config.smem().overlaps_promotion());
           if (config.num_stages < 3 || idles) continue;

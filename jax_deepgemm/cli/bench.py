@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-sms",
         type=parse_count,
         metavar="N",
-        help="SMs that our kernels may use, as set_num_sms says it (all); others keep all",
+        help="SMs that our products may use, as set_num_sms says it (all); others keep all",
     )
     parser.add_argument(
         "--dirty-l2",

@@ -48,6 +48,19 @@ def test_sweeps_are_read(document: dict[str, Any]) -> None:
     assert fit.read_sweeps(empty) == []
 
 
+def test_only_candidates_are_chosen(document: dict[str, Any]) -> None:
+    row = document["rows"][0]
+    lone = GemmConfig(64, 192, 3, 1, 1, 1, 1, 8)  # promotes while its tensor cores idle
+    swept = row | {"sweep": row["sweep"] | {config_text(lone): 1e-3}}
+    (sweep,) = fit.read_sweeps(document | {"rows": [swept]})
+    added = sweep.configs.index(lone.fields)
+    estimates = sweep.times_us.copy()
+    assert estimates.argmin() == added != sweep.choice(estimates)
+    assert sweep.regret(OTHER) > 1  # than the fastest, whether it can be chosen or not
+    alone = row | {"sweep": {config_text(lone): 1.0}}
+    assert fit.read_sweeps(document | {"rows": [alone]}) == []
+
+
 def test_fit_finds_better_constants(
     document: dict[str, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
