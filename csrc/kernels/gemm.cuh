@@ -31,8 +31,8 @@
 //   exchange[warp]     1, and bytes in the CTA that   split-k, between namesakes in a cluster: sums
 //                      stores the warp's rows         have come; or in the others, were read
 //
-// Shared memory: smem_layout.h. The producers run ahead across tile borders, and beside a tile's
-// first stage stands which tile it is, so the math warpgroups need no schedule of their own. They
+// Shared memory: smem_layout.h. The producers run ahead across tile borders, and the operand warp
+// says which tile comes next (TileSlot), so the math warpgroups need no schedule of their own. They
 // share nothing but the ring: they drift apart by up to its depth, so one's epilogue runs under the
 // other's wgmma.
 //
@@ -140,7 +140,9 @@ class OperandLoader {
 // them from; one thread issues.
 //
 // With tall tiles few stages fit, and how soon a stage that became free is asked for is time that
-// the tensor cores wait: as little as can be stands between the wait and the copies.
+// the tensor cores wait: as little as can be stands between the wait and the copies. NOTE: with a
+// __syncwarp in front of the loop, ptxas takes the lanes for diverged and moves every address to a
+// uniform register where it is used.
 __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap& map_a,
                                               const TensorMap& map_b, const KernelParams& params,
                                               const KRange& range, const Tile& tile,
@@ -156,6 +158,7 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap&
   const OperandLoader<config::kClusterN, config::kBlockM> a(map_a, smem.a(0), tile.m);
   const OperandLoader<config::kClusterM, config::kBlockN> b(map_b, smem.b(0),
                                                             tile.group * config::kN + tile.n);
+  const int bytes = a_bytes + kLayout.b_bytes();  // of a stage
   int k_block = range.first(tile, params.m);
   if (is_first) wait_for_barriers(kOperandsBegin);
   // A handful of copies per k-block is all there is to issue; unrolled they would not fit into the
@@ -167,7 +170,7 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap&
     const int k = k_block * kBlockK;
     mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     if (elect_sync()) {
-      mbarrier_expect_tx(full, a_bytes + kLayout.b_bytes());
+      mbarrier_arrive_expect_tx(full, bytes);
       b.load(stage, full, k);
       a.load(stage, full, k);
       if constexpr (config::kClusterN == 1) {
@@ -178,10 +181,6 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap&
           tma_load_2d(smem.a(stage) + row * kBlockK, map_a, full, k, tile.m + row);
         }
       }
-      if (left == range.count()) {
-        st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
-      }
-      mbarrier_arrive(full);
     }
     k_block = range.next(k_block);
     ring.advance();
@@ -240,6 +239,11 @@ __device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const Kern
                                                     RingPosition ring) {
   const TileScales scales(params, tile);
   int k_block = range.first(tile, params.m);
+  // Addresses are stepped where k does not wrap around: a fifth fewer instructions in the loop.
+  const float* sfa = TileScales::at(scales.sfa(), k_block, scales.pitch());
+  const float* sfb[kTileScaleBlocks];
+#pragma unroll
+  for (int block = 0; block < kTileScaleBlocks; ++block) sfb[block] = scales.sfb(block) + k_block;
 #pragma unroll 1
   for (int left = range.count(); left > 0; --left) {
     const int stage = ring.stage();
@@ -248,16 +252,25 @@ __device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const Kern
     if (elect_sync()) {
       if (scales.rows() > 0) {
         mbarrier_expect_tx(full, scales.rows() * 4);
-        bulk_load(smem.sfa(stage), TileScales::at(scales.sfa(), k_block, scales.pitch()),
-                  scales.rows() * 4, full);
+        bulk_load(smem.sfa(stage), sfa, scales.rows() * 4, full);
       }
 #pragma unroll
       for (int block = 0; block < kTileScaleBlocks; ++block) {
-        cp_async_4(smem.sfb(stage) + 4 * block, scales.sfb(block) + k_block);
+        cp_async_4(smem.sfb(stage) + 4 * block, sfb[block]);
       }
       cp_async_mbarrier_arrive(full);
     }
-    k_block = range.next(k_block);
+    if constexpr (KRange::kRotates) {
+      k_block = range.next(k_block);
+      sfa = TileScales::at(scales.sfa(), k_block, scales.pitch());
+#pragma unroll
+      for (int block = 0; block < kTileScaleBlocks; ++block)
+        sfb[block] = scales.sfb(block) + k_block;
+    } else {
+      sfa += scales.pitch();
+#pragma unroll
+      for (int block = 0; block < kTileScaleBlocks; ++block) sfb[block] += 1;
+    }
     ring.advance();
   }
 }
@@ -296,19 +309,11 @@ __device__ __forceinline__ void load_scales_by_lanes(const Smem& smem, const Ker
 }
 
 // A tile without k-blocks takes one stage, in which each producer arrives as often as in others.
-__device__ __forceinline__ void announce_tile(const Smem& smem, const Tile& tile,
-                                              const RingPosition& ring) {
+__device__ __forceinline__ void pass_stage(const Smem& smem, const RingPosition& ring,
+                                           int arrivals) {
   const int stage = ring.stage();
   mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-  st_shared_v4_s32(smem.tile(stage), make_int4(tile.m, tile.n, tile.rows, tile.kind));
-  mbarrier_arrive(smem.full(stage));
-}
-
-__device__ __forceinline__ void pass_tile(const Smem& smem, const KernelParams& params,
-                                          const RingPosition& ring) {
-  const int stage = ring.stage();
-  mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-  for (int i = 0; i < scale_arrivals(params); ++i) mbarrier_arrive(smem.full(stage));
+  for (int i = 0; i < arrivals; ++i) mbarrier_arrive(smem.full(stage));
 }
 
 __device__ __forceinline__ void produce_operands(const Smem& smem, const TensorMap& map_a,
@@ -317,14 +322,16 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const TensorM
   Scheduler scheduler(params);
   const KRange range;
   RingPosition ring;
+  TileSlot slot;
   for (bool is_first = true;; is_first = false) {
     const Tile tile = scheduler.next();
+    st_shared_v4_s32_elect(smem.tile(slot.next()), make_int4(tile.m, tile.n, tile.rows, tile.kind));
     const bool loads = tile.kind >= kMultiply;
     if (loads) {
       load_operands(smem, map_a, map_b, params, range, tile, ring, is_first);
     } else {
       if (is_first) wait_for_barriers(kOperandsBegin);
-      if (elect_sync()) announce_tile(smem, tile, ring);
+      if (elect_sync()) pass_stage(smem, ring, 1);
     }
     __syncwarp();
     if (tile.kind == kStop) break;
@@ -346,7 +353,7 @@ __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelPar
   while (true) {
     const bool loads = tile.kind >= kMultiply;
     if (!loads) {
-      if (elect_sync()) pass_tile(smem, params, ring);
+      if (elect_sync()) pass_stage(smem, ring, scale_arrivals(params));
     } else if (copies_scales_in_bulk(params)) {
       load_scales_in_bulk(smem, params, range, tile, ring);
     } else {
@@ -489,23 +496,11 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     if (warp < kFirstMathWarp) setmaxnreg_dec<40>();
   }
 
-  // NOTE: comparisons for equality would become a jump through a table in constant memory.
-  if (warp < kScaleWarp) {
-    join_cluster();
-    produce_operands(smem, map_a, map_b, params);
-  } else if (warp < kFullWarp) {
-    join_cluster();
-    produce_scales(smem, params);
-  } else if (warp < kFirstMathWarp) {
-    make_barriers(smem, params, warp);
-    join_cluster();
-    if constexpr (kClusterSize > 1) {
-      barrier_cluster_wait();
-    } else {
-      barrier_arrive(kOperandsBegin, kBeginThreads);
-      barrier_arrive(kScalesBegin, kBeginThreads);
-    }
-  } else {
+  // NOTE: ptxas puts the last branch first, behind the code above. That is the operand warp's,
+  // whose way to the first copy every kernel waits for: instructions come from memory, too. In
+  // front of it were 18 KB of the others'; without them decode takes 1 % less, and 4 % where the
+  // caches of instructions are cold. Comparisons for equality would become a jump through a table.
+  if (warp >= kFirstMathWarp) {
     if (warp == kFirstMathWarp && elect_sync()) {
       prefetch_tensormap(map_b);
       prefetch_tensormap(map_a);
@@ -516,6 +511,21 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     if constexpr (config::kMathWarpgroups > 1) setmaxnreg_inc<232>();
     barrier_sync(kTilesCounted, kCountThreads);
     multiply(smem, map_d, params, warp / 4 - 1);
+  } else if (warp >= kFullWarp) {
+    make_barriers(smem, params, warp);
+    join_cluster();
+    if constexpr (kClusterSize > 1) {
+      barrier_cluster_wait();
+    } else {
+      barrier_arrive(kOperandsBegin, kBeginThreads);
+      barrier_arrive(kScalesBegin, kBeginThreads);
+    }
+  } else if (warp >= kScaleWarp) {
+    join_cluster();
+    produce_scales(smem, params);
+  } else {
+    join_cluster();
+    produce_operands(smem, map_a, map_b, params);
   }
 
   // Peers that multicast still send arrivals here: no one leaves before all are done. Split-k needs

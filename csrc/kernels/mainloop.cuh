@@ -3,7 +3,7 @@
 
 namespace dg {
 
-// What a math warpgroup knows of a tile; the operand warp writes it into the tile's first stage.
+// What a math warpgroup knows of a tile, from the operand warp.
 struct MathTile {
   int m;
   int n;
@@ -34,17 +34,20 @@ class Mainloop {
   // to be skipped.
   __device__ MathTile next_tile() {
     acquire();
-    const int4 tile = ld_shared_v4_s32(smem_.tile(stage_));
+    const int4 tile = ld_shared_v4_s32(smem_.tile(slot_.next()));
     sfa_offset_ = tile.x % 4 * 4;
     n_offset_ = (tile.y + column_) % 128;
+    if constexpr (kLoops > 1) n_offset_ = __shfl_sync(0xffffffff, n_offset_, 0);  // uniform
     sfb_offset_ = (tile.y % 128 + column_) / 128 * 4;
     return {tile.x, tile.y, tile.z, static_cast<TileKind>(tile.w)};
   }
 
   // Accumulates the tile into `total`, which is zero.
   __device__ void run(float (&total)[kWaves][kAccumulators]) {
-    if constexpr (!kLayout.overlaps_promotion()) {
-      run_alternating(total);
+    if constexpr (kLoops > 1) {
+      run_at<0>(total);
+    } else if constexpr (!kLayout.overlaps_promotion()) {
+      run_alternating<kAnyOffset>(total);
     } else if constexpr (kWaves == 1) {
       run_overlapped(total[0]);
     } else {
@@ -69,13 +72,30 @@ class Mainloop {
   }
 
  private:
+  static constexpr int kAnyOffset = -1;
+
+  static constexpr int kLoops = kLayout.loops(kKBlocks / config::kClusterK);
+
+  // The loop for this tile's offset.
+  template <int kOffset>
+  __device__ __forceinline__ void run_at(float (&total)[kWaves][kAccumulators]) {
+    if constexpr (kOffset + kScaleGranule < 128) {
+      if (n_offset_ != kOffset) {
+        run_at<kOffset + kScaleGranule>(total);
+        return;
+      }
+    }
+    run_alternating<kOffset>(total);
+  }
+
   // One accumulator: the tensor cores work for the other warpgroup while this one promotes. They
   // idle where the way from one wgmma of a warpgroup to its next takes longer than the wgmmas of
   // both: 512 cycles with 64x128, of which it takes 256 itself, 60 to begin and to be seen to end,
   // and most of the rest for the FFMAs, which is why their hints matter (csrc/jit/interleave.h).
   // With one wave, scales are read a k-block ahead, if they are there; with two, that gained
-  // nothing.
-  __device__ void run_alternating(float (&total)[kWaves][kAccumulators]) {
+  // nothing. kOffset is that of the first column in its block of 128, if it is known.
+  template <int kOffset>
+  __device__ __forceinline__ void run_alternating(float (&total)[kWaves][kAccumulators]) {
     constexpr bool kReadsAhead = kWaves == 1;
     if constexpr (kReadsAhead) read_scales(0);
     for (int left = k_blocks_;;) {
@@ -91,7 +111,7 @@ class Mainloop {
         }
         drain(partial);
         if (wave == kWaves - 1) release(stage_);
-        add(total[wave], partial);
+        add(total[wave], partial, kOffset == kAnyOffset ? n_offset_ : kOffset);
       }
       if (__builtin_expect(--left == 0, false)) break;
       acquire();
@@ -152,7 +172,7 @@ class Mainloop {
     issue(next, 0);
     drain<1>(done);
     release(stage);
-    add(total, done);
+    add(total, done, n_offset_);
     combine_scales();
   }
 
@@ -165,7 +185,7 @@ class Mainloop {
     acquire();
     read_scales(0);
     issue(next, 0);
-    add(total, done);
+    add(total, done, n_offset_);
     combine_scales();
   }
 
@@ -175,7 +195,7 @@ class Mainloop {
     drain(done);
     read_scales(1);
     issue(next, 1);
-    add(total, done);
+    add(total, done, n_offset_);
     combine_scales();
   }
 
@@ -183,7 +203,7 @@ class Mainloop {
     look_ahead();
     drain(done);
     release(stage_);
-    add(total, done);
+    add(total, done, n_offset_);
   }
 
   // Prepares for the next stage, without waiting for it. Once per stage, while a wgmma runs.
@@ -279,8 +299,9 @@ class Mainloop {
     }
   }
 
-  __device__ void add(float (&total)[kAccumulators], const float (&partial)[kAccumulators]) {
-    promote(total, partial, scales_, n_offset_);
+  __device__ __forceinline__ void add(float (&total)[kAccumulators],
+                                      const float (&partial)[kAccumulators], int n_offset) {
+    promote(total, partial, scales_, n_offset);
     // NOTE: without this pin the compiler may sink the additions below the next wgmma, and ptxas
     // then serialises all of them (C7514).
     pin(total);
@@ -289,7 +310,8 @@ class Mainloop {
   const Smem smem_;
   const int k_blocks_;  // of every tile that multiplies
   RingPosition ring_;   // of the stage to look at next
-  const uint32_t a_;    // this warpgroup's rows and columns in stage 0, as descriptors' low words
+  TileSlot slot_;
+  const uint32_t a_;  // this warpgroup's rows and columns in stage 0, as descriptors' low words
   const uint32_t b_;
   const uint32_t sfa_;  // this thread's first row scale in stage 0 of a tile that starts at row 0
   const int column_;

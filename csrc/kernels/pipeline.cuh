@@ -44,6 +44,22 @@ class RingPosition {
   uint32_t parity_ = 0;
 };
 
+// Where the next tile's description lies: the operand warp writes it, the math warps read it once
+// the tile's first stage is full. There is one more than stages. Every tile takes a stage at least,
+// so when the operand warp comes to a slot again, it has waited for a stage that the math warps
+// gave back after they had read what is in the slot.
+class TileSlot {
+ public:
+  __device__ int next() {
+    const int slot = slot_;
+    slot_ = slot == config::kNumStages ? 0 : slot + 1;
+    return slot;
+  }
+
+ private:
+  int slot_ = 0;
+};
+
 // Shared-memory addresses, from the dynamic window's base and the common layout.
 struct Smem {
   uint32_t base;
@@ -58,7 +74,7 @@ struct Smem {
     return base + kLayout.scale_offset() + stage * kLayout.scale_bytes();
   }
   __device__ uint32_t sfb(int stage) const { return sfa(stage) + kLayout.sfb_offset(); }
-  __device__ uint32_t tile(int stage) const { return sfa(stage) + kLayout.tile_offset(); }
+  __device__ uint32_t tile(int slot) const { return base + kLayout.tile_offset() + 16 * slot; }
   __device__ uint32_t d(int warpgroup, int wave) const {
     return base + kLayout.d_offset() + (warpgroup * kLayout.waves() + wave) * kLayout.d_bytes();
   }

@@ -128,10 +128,13 @@ __device__ __forceinline__ int4 ld_shared_v4_s32(uint32_t address) {
   return v;
 }
 
-__device__ __forceinline__ void st_shared_v4_s32(uint32_t address, int4 v) {
-  asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w)
-               : "memory");
+// The thread that elect_sync elects stores, without a branch.
+__device__ __forceinline__ void st_shared_v4_s32_elect(uint32_t address, int4 v) {
+  asm volatile(
+      "{.reg .pred p; elect.sync _|p, 0xffffffff;\n"
+      "@p st.shared.v4.s32 [%0], {%1, %2, %3, %4};}" ::"r"(address),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
 }
 
 __device__ __forceinline__ void st_global_v4_s32(void* address, int4 v) {

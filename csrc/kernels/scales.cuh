@@ -3,20 +3,10 @@
 
 namespace dg {
 
-constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
-
-// Columns between which B's scale may change. Tiles start at multiples of their width, so a
-// boundary between blocks of 128 falls only on multiples of this.
-constexpr int scale_granule(int columns) { return gcd(gcd(config::kBlockN, columns), 128); }
-
-// Blocks of 128 that so many columns can touch, at the worst start.
-constexpr int scale_blocks(int columns) {
-  return (128 - scale_granule(columns) + columns - 1) / 128 + 1;
-}
-
 constexpr int kWarpgroupColumns = kLayout.warpgroup_n();
-constexpr int kScaleBlocks = scale_blocks(kWarpgroupColumns);
-constexpr int kTileScaleBlocks = scale_blocks(config::kBlockN);
+constexpr int kScaleGranule = kLayout.scale_granule(kWarpgroupColumns);
+constexpr int kScaleBlocks = kLayout.scale_blocks(kWarpgroupColumns);
+constexpr int kTileScaleBlocks = kLayout.scale_blocks(config::kBlockN);
 constexpr int kNBlocks = (config::kN + 127) / 128;
 
 static_assert(kTileScaleBlocks <= 4 && kScaleBlocks <= 4, "a stage holds four scales of B");
@@ -34,9 +24,8 @@ struct Scales {
 __device__ __forceinline__ void promote(float (&total)[kAccumulators],
                                         const float (&partial)[kAccumulators], const Scales& scales,
                                         int offset) {
-  constexpr int kGranule = scale_granule(kWarpgroupColumns);
 #pragma unroll
-  for (int column = 0; column < kWarpgroupColumns; column += kGranule) {
+  for (int column = 0; column < kWarpgroupColumns; column += kScaleGranule) {
     // Whatever the offset, these columns lie in block `low` or the one after it.
     const int low = column / 128;
     float scale_0 = scales.row_0[low];
@@ -47,7 +36,7 @@ __device__ __forceinline__ void promote(float (&total)[kAccumulators],
       scale_1 = next ? scales.row_1[low + 1] : scale_1;
     }
 #pragma unroll
-    for (int i = column / 2; i < (column + kGranule) / 2; i += 4) {
+    for (int i = column / 2; i < (column + kScaleGranule) / 2; i += 4) {
       total[i + 0] += scale_0 * partial[i + 0];
       total[i + 1] += scale_0 * partial[i + 1];
       total[i + 2] += scale_1 * partial[i + 2];

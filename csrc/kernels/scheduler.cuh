@@ -149,10 +149,10 @@ class KRange {
     return kRotates && block == begin_ + count_ ? begin_ : block;
   }
 
- private:
   // Taller tiles are for matrices with many rows.
   static constexpr bool kRotates = config::kRotatesK && kRowsPerCluster <= 128;
 
+ private:
   int begin_;
   int count_;
 };

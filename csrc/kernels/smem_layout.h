@@ -9,8 +9,8 @@
 //              D staging     math_warpgroups x waves x [store_rows x warpgroup_n] bf16, in boxes
 //                            of store_cols columns, swizzled by the width of a box's row
 //              partials      math_warpgroups x (cluster_k - 1) x [store_rows x warpgroup_n] f32
-//              scale ring    num_stages x ([block_m + 4] f32 of SFA, [4] f32 of SFB, [4] i32: which
-//                            tile begins with this stage)
+//              scale ring    num_stages x ([block_m + 4] f32 of SFA, [4] f32 of SFB)
+//              tiles         (num_stages + 1) x [4] i32: what the math warps know of a tile
 //              barriers      full and empty per stage; with split-k one per math warp
 //              tile count    i32: tiles of this CTA that multiply
 #pragma once
@@ -33,6 +33,8 @@ constexpr int kWarpgroupThreads = 128;
 // Accumulator registers per thread (running totals of all waves and wgmma results) that leave room
 // for addresses and scales: 232 registers per thread beside a producer, 255 alone.
 constexpr int kMaxAccumulators = 192;
+
+constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
 // How a tile is cut over math warpgroups, and where its parts lie in shared memory.
 struct SmemLayout {
@@ -69,6 +71,26 @@ struct SmemLayout {
   // A lone wave's next wgmma is queued before the last one is done: two stages are in use.
   constexpr bool queues() const { return waves() == 1 && overlaps_promotion(); }
 
+  // Columns between which B's scale may change. Tiles start at multiples of their width, so a
+  // border between blocks of 128 falls only on multiples of this.
+  constexpr int scale_granule(int columns) const { return gcd(gcd(block_n, columns), 128); }
+
+  // Blocks of 128 that so many columns can touch, at the worst start.
+  constexpr int scale_blocks(int columns) const {
+    return (128 - scale_granule(columns) + columns - 1) / 128 + 1;
+  }
+
+  // Copies of the main loop, each for warpgroups whose columns begin at another place in a block of
+  // 128: they know which scale a column has. One loop for all chooses between the additions, where
+  // there is no time to spare: 128x160 tiles take 3 % longer, 128x176 ones 8 %. Where a tile has
+  // few k-blocks, or no other warpgroup multiplies meanwhile, that costs nothing or less than
+  // copies do.
+  constexpr int loops(long long k_blocks) const {
+    const int granule = scale_granule(warpgroup_n());
+    const bool pays = k_blocks >= 12 && granule >= 16 && !overlaps_promotion();
+    return pays && scale_blocks(warpgroup_n()) > 1 ? 128 / granule : 1;
+  }
+
   // Rows of a wave that one CTA stores, and the warps that hold them: with split-k each CTA of the
   // cluster owns a slice.
   constexpr int store_rows() const { return kWgmmaM / cluster_k; }
@@ -87,8 +109,7 @@ struct SmemLayout {
   // SFA is copied from the multiple of 4 rows (16 bytes) at or below the tile's first row.
   constexpr int sfa_rows() const { return block_m + 4; }
   constexpr int sfb_offset() const { return sfa_rows() * 4; }
-  constexpr int tile_offset() const { return sfb_offset() + 16; }
-  constexpr int scale_bytes() const { return tile_offset() + 16; }
+  constexpr int scale_bytes() const { return sfb_offset() + 16; }
   constexpr int d_bytes() const { return store_rows() * warpgroup_n() * 2; }
   constexpr int partial_bytes() const { return store_rows() * warpgroup_n() * 4; }
 
@@ -101,7 +122,8 @@ struct SmemLayout {
   constexpr int scale_offset() const {
     return partial_offset() + math_warpgroups * (cluster_k - 1) * partial_bytes();
   }
-  constexpr int barrier_offset() const { return scale_offset() + num_stages * scale_bytes(); }
+  constexpr int tile_offset() const { return scale_offset() + num_stages * scale_bytes(); }
+  constexpr int barrier_offset() const { return tile_offset() + 16 * (num_stages + 1); }
   constexpr int num_barriers() const {
     return 2 * num_stages + (cluster_k > 1 ? 4 * math_warpgroups : 0);
   }

@@ -71,6 +71,7 @@ KERNELS = {
     "128x72": kernel(DENSE, 392, 144, 128, 72, 3, batch_invariant=1),
     "256x128": kernel(DENSE, 392, 272, 256, 128, 2),
     "256x128, shared B, SMs left idle": kernel(DENSE, 392, 2064, 256, 128, 2, cluster_m=2),
+    "128x176, a loop for each offset": kernel(DENSE, 392, 1552, 128, 176, 2),
     "128x256": kernel(DENSE, 392, 272, 128, 256, 2),
     "128x96, shared B": kernel(DENSE, 264, 400, 128, 96, 3, cluster_m=2),
     "64x64, shared A": kernel(DENSE, 264, 400, 64, 64, 3, 1, cluster_n=2),
@@ -113,6 +114,13 @@ FAULTS = {
         "drain<2>(done);",
         KERNELS["64x64, two stages"],
         "of D is",
+    ),
+    "a tile is announced where the last one still stands": Fault(
+        "pipeline.cuh",
+        "slot_ == config::kNumStages ? 0 : slot_ + 1",
+        "0",
+        KERNELS["64x64"],
+        "of D is|a deadlock|in a later phase|more arrivals",
     ),
     "scales are loaded in bulk before their stage is released": Fault(
         "gemm.cuh",

@@ -82,6 +82,9 @@ void st_shared_s32(uint32_t address, int value);
 float4 ld_shared_v4(uint32_t address);
 int4 ld_shared_v4_s32(uint32_t address);
 void st_shared_v4_s32(uint32_t address, int4 v);
+inline void st_shared_v4_s32_elect(uint32_t address, int4 v) {
+  if (elect_sync()) st_shared_v4_s32(address, v);
+}
 void st_global_v4_s32(void* address, int4 v);
 void st_async_v4(uint32_t remote_address, float x, float y, float z, float w,
                  uint32_t remote_barrier);
