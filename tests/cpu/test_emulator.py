@@ -117,10 +117,10 @@ FAULTS = {
     ),
     "a tile is announced where the last one still stands": Fault(
         "pipeline.cuh",
-        "slot_ == config::kNumStages ? 0 : slot_ + 1",
+        "slot == config::kNumStages ? 0 : slot + 1",
         "0",
         KERNELS["64x64"],
-        "of D is|a deadlock|in a later phase|more arrivals",
+        "of D (is|was)|a deadlock|in a later phase|more arrivals",
     ),
     "scales are loaded in bulk before their stage is released": Fault(
         "gemm.cuh",
