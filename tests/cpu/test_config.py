@@ -459,6 +459,24 @@ def test_two_rows_of_tiles_do_not_split_k_on_an_h200() -> None:
         assert selected.block_m == 128 or selected.cluster_k == 1
 
 
+def widths_between(m: int, n: int, k: int) -> set[int]:
+    """Widths of candidates whose tiles begin anywhere in a block of 128 columns."""
+    widths = {config.block_n for config in legal_configs(m, n, k)}
+    return {width for width in widths if width > 16 and width % 32 != 0}
+
+
+def test_widths_between_even_out_rounds() -> None:
+    # 3 rounds of 352 tiles of 128x192 have 44 tiles to spare, of 384 of 128x176 12.
+    assert select_config(4096, 2112, 7168).block_n == 176
+    assert widths_between(4096, 2112, 7168) == {112, 144, 176}
+    # Too few k-blocks for a loop for each offset, and 8 rounds and more.
+    assert widths_between(4096, 2112, 512) == set()
+    assert widths_between(8192, 7168, 7168) == set()
+    # Where all tiles run at once, and those of 128 columns do, too, they are sooner done.
+    assert 144 not in widths_between(256, 8192, 8192)
+    assert 144 in widths_between(256, 9216, 8192)
+
+
 def test_128x256_is_preferred_to_its_transpose() -> None:
     selected = select_config(4096, 4096, 7168, num_sms=132)
     assert (selected.block_m, selected.block_n, selected.cluster_m) == (128, 256, 2)

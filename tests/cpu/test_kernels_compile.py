@@ -6,6 +6,7 @@ core instructions put one after the other, more shared memory than a Hopper SM l
 
 import collections
 import concurrent.futures
+import math
 import os
 import pathlib
 import random
@@ -44,10 +45,10 @@ class Kernel(NamedTuple):
 
 
 class Build(NamedTuple):
-    """A compiled kernel, and how often each instruction stands in it, where that can be told."""
+    """A compiled kernel, and its instructions in their order, where that can be told."""
 
     report: ffi.KernelReport
-    instructions: collections.Counter[str] | None
+    opcodes: list[str] | None
 
 
 def label(kernel: Kernel) -> str:
@@ -92,18 +93,17 @@ def sampled() -> list[object]:
 every_kernel = pytest.mark.parametrize("kernel", selected() + sampled())
 
 
-def count_instructions(listing: str) -> collections.Counter[str]:
-    """Counts the opcodes, modifiers dropped, in a listing of nvdisasm.
+def read_opcodes(listing: str) -> list[str]:
+    """Returns the opcodes, modifiers dropped, in a listing of nvdisasm.
 
     WARPGROUP keeps its first modifier, which says what it does (ARRIVE, DEPBAR), and BRA.DIV, which
     is taken where a warp's lanes have diverged, is told from BRA.
     """
-    opcodes = re.findall(
+    return re.findall(
         r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(WARPGROUP\.\w+|BRA\.DIV|\w+)",
         listing,
         flags=re.MULTILINE,
     )
-    return collections.Counter(opcodes)
 
 
 def build(kernel: Kernel, disassembler: str | None, folder: pathlib.Path) -> Build:
@@ -117,7 +117,7 @@ def build(kernel: Kernel, disassembler: str | None, folder: pathlib.Path) -> Bui
     cubin = folder / f"{pathlib.Path(report.path).name}.cubin"
     cubin.write_bytes(cached[cached.index(b"\x7fELF") :])
     done = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True)
-    return Build(report, count_instructions(done.stdout))
+    return Build(report, read_opcodes(done.stdout))
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +157,11 @@ def test_resources(kernel: Kernel, build_of: Callable[[Kernel], Build]) -> None:
 
 @every_kernel
 def test_instructions(kernel: Kernel, build_of: Callable[[Kernel], Build]) -> None:
-    count = build_of(kernel).instructions
-    if count is None:
+    opcodes = build_of(kernel).opcodes
+    if opcodes is None:
         assert "CI" not in os.environ, "continuous integration must have nvdisasm"
         pytest.skip("nvdisasm is not installed (pip install 'jax_deepgemm[test]' brings it)")
+    count = collections.Counter(opcodes)
     assert count["QGMMA"] > 0, "no FP8 tensor core instruction"
     assert count["UTMALDG"] > 0, "no TMA load"
     assert count["UTMASTG"] > 0, "no TMA store"
@@ -169,9 +170,19 @@ def test_instructions(kernel: Kernel, build_of: Callable[[Kernel], Build]) -> No
     assert count["WARPGROUP.DEPBAR"] <= count["QGMMA"] // 2, "wgmma is serialised"
     # A loop of which it does keeps addresses in vector registers: m = 1 took a fifth longer.
     assert count["BRA.DIV"] == 0, "ptxas takes the lanes of a warp for diverged"
+    # What every kernel waits for first is the shortest way into it.
+    assert opcodes.index("UTMALDG") < opcodes.index("QGMMA"), "the loads' code is behind the math's"
+    c = kernel.config
+    if c.block_m == 128 and 128 < c.block_n <= 192 and kernel.k >= 12 * 128 * c.cluster_k:
+        # A loop for each place in a block of 128 columns at which a tile may begin.
+        assert count["QGMMA"] == 4 * 128 // math.gcd(c.block_n, 128)
+        # Contiguous groups choose rows where a tile ends.
+        assert count["FSEL"] == 0 or kernel.op == "contiguous", (
+            "scales are chosen between additions"
+        )
 
 
-def test_listing_is_counted() -> None:
+def test_listing_is_read() -> None:
     listing = """
         .headerflags @"EF_CUDA_SM90"
         /*0010*/                   QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR4], RZ, !UPT ;
@@ -182,11 +193,12 @@ def test_listing_is_counted() -> None:
         /*1300*/                   BRA.DIV UR4, `(.L_x_44) ;
         /*1310*/              @!P0 BRA `(.L_x_45) ;
     """
-    assert count_instructions(listing) == {
-        "QGMMA": 2,
-        "WARPGROUP.DEPBAR": 1,
-        "UTMALDG": 1,
-        "STL": 1,
-        "BRA.DIV": 1,
-        "BRA": 1,
-    }
+    assert read_opcodes(listing) == [
+        "QGMMA",
+        "QGMMA",
+        "WARPGROUP.DEPBAR",
+        "UTMALDG",
+        "STL",
+        "BRA.DIV",
+        "BRA",
+    ]
