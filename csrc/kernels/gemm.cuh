@@ -264,12 +264,13 @@ __device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const Kern
       k_block = range.next(k_block);
       sfa = TileScales::at(scales.sfa(), k_block, scales.pitch());
 #pragma unroll
-      for (int block = 0; block < kTileScaleBlocks; ++block)
+      for (int block = 0; block < kTileScaleBlocks; ++block) {
         sfb[block] = scales.sfb(block) + k_block;
+      }
     } else {
       sfa += scales.pitch();
 #pragma unroll
-      for (int block = 0; block < kTileScaleBlocks; ++block) sfb[block] += 1;
+      for (int block = 0; block < kTileScaleBlocks; ++block) ++sfb[block];
     }
     ring.advance();
   }
