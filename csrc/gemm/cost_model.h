@@ -12,7 +12,8 @@ namespace dg {
 // (180), 58 of them on an H200 (DeepGEMM's dense and grouped shapes, decode), and there 213 drawn
 // at random, 15 of them named. On those, what is selected is 0.6, 0.5 and 2.4 % slower than the
 // fastest configuration by geometric mean and 7, 5 and 14 % at worst; on 80 that they were not
-// fitted to, whose weights have other n and k, 1.8 and 15 %. benchmarks/results has the sweeps.
+// fitted to, whose weights have other n and k, 1.8 and 15 %. That is among widths without 144 and
+// 176, which came later, with loops that know their scales. benchmarks/results has the sweeps.
 struct CostModel {
   double clock_ghz = 2.03;                // while multiplying FP8
   double hbm_share = 0.841;               // of the peak, streaming weights

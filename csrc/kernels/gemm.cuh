@@ -239,7 +239,7 @@ __device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const Kern
                                                     RingPosition ring) {
   const TileScales scales(params, tile);
   int k_block = range.first(tile, params.m);
-  // Addresses are stepped where k does not wrap around: a fifth fewer instructions in the loop.
+  // Addresses are stepped where k does not wrap around: a sixth fewer instructions in the loop.
   const float* sfa = TileScales::at(scales.sfa(), k_block, scales.pitch());
   const float* sfb[kTileScaleBlocks];
 #pragma unroll
@@ -499,8 +499,10 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
 
   // NOTE: ptxas puts the last branch first, behind the code above. That is the operand warp's,
   // whose way to the first copy every kernel waits for: instructions come from memory, too. In
-  // front of it were 18 KB of the others'; without them decode takes 1 % less, and 4 % where the
-  // caches of instructions are cold. Comparisons for equality would become a jump through a table.
+  // front of it were 18 KB of the others'; without them decode takes up to 1 % less, 2 to 4 % where
+  // the caches of instructions are cold.
+  //
+  // NOTE: comparisons for equality would become a jump through a table in constant memory.
   if (warp >= kFirstMathWarp) {
     if (warp == kFirstMathWarp && elect_sync()) {
       prefetch_tensormap(map_b);

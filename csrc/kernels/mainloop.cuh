@@ -37,7 +37,8 @@ class Mainloop {
     const int4 tile = ld_shared_v4_s32(smem_.tile(slot_.next()));
     sfa_offset_ = tile.x % 4 * 4;
     n_offset_ = (tile.y + column_) % 128;
-    if constexpr (kLoops > 1) n_offset_ = __shfl_sync(0xffffffff, n_offset_, 0);  // uniform
+    // So that ptxas knows that all lanes take the same loop: a wgmma may not be where they diverge.
+    if constexpr (kLoops > 1) n_offset_ = __shfl_sync(0xffffffff, n_offset_, 0);
     sfb_offset_ = (tile.y % 128 + column_) / 128 * 4;
     return {tile.x, tile.y, tile.z, static_cast<TileKind>(tile.w)};
   }

@@ -45,9 +45,9 @@ class RingPosition {
 };
 
 // Where the next tile's description lies: the operand warp writes it, the math warps read it once
-// the tile's first stage is full. There is one more than stages. Every tile takes a stage at least,
-// so when the operand warp comes to a slot again, it has waited for a stage that the math warps
-// gave back after they had read what is in the slot.
+// the tile's first stage is full. There is one slot more than stages. Every tile takes a stage at
+// least, so when the operand warp comes to a slot again, it has waited for a stage that the math
+// warps gave back after they had read what is in the slot.
 class TileSlot {
  public:
   __device__ int next() {

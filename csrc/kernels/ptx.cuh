@@ -128,7 +128,8 @@ __device__ __forceinline__ int4 ld_shared_v4_s32(uint32_t address) {
   return v;
 }
 
-// The thread that elect_sync elects stores, without a branch.
+// The thread that elect_sync elects stores, without a branch. What it arrives with later, elected
+// again, publishes that: the leader of the same lanes is always the same.
 __device__ __forceinline__ void st_shared_v4_s32_elect(uint32_t address, int4 v) {
   asm volatile(
       "{.reg .pred p; elect.sync _|p, 0xffffffff;\n"

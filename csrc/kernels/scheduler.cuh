@@ -1,6 +1,6 @@
 // Which output tiles a CTA computes, in which order, and over which part of k. Each producer asks
-// for one tile after the other; the operand warp hands what the math warpgroups need to know
-// through the ring.
+// for one tile after the other; the operand warp tells the math warpgroups what they need to
+// know, beside the ring (TileSlot).
 //
 // The grid is persistent: cluster c computes tiles c, c + C, c + 2C, ... of C clusters at work.
 // Tiles are numbered so that those in flight at the same time form a compact rectangle of D: down

@@ -81,13 +81,14 @@ struct SmemLayout {
   }
 
   // Copies of the main loop, each for warpgroups whose columns begin at another place in a block of
-  // 128: they know which scale a column has. One loop for all chooses between the additions, where
-  // there is no time to spare: 128x160 tiles take 3 % longer, 128x176 ones 8 %. Where a tile has
-  // few k-blocks, or no other warpgroup multiplies meanwhile, that costs nothing or less than
-  // copies do.
+  // 128: they know which scale a column has. One loop for all chooses between the additions, and
+  // where two warpgroups promote by turns there is no time to spare for that: 128x160 tiles take 2
+  // % longer, 128x176 ones 8 %. Where promotion overlaps, or a tile has few k-blocks, it costs less
+  // than copies do.
   constexpr int loops(long long k_blocks) const {
     const int granule = scale_granule(warpgroup_n());
-    const bool pays = k_blocks >= 12 && granule >= 16 && !overlaps_promotion();
+    const bool by_turns = math_warpgroups > 1 && !overlaps_promotion();
+    const bool pays = by_turns && k_blocks >= 12 && granule >= 16;
     return pays && scale_blocks(warpgroup_n()) > 1 ? 128 / granule : 1;
   }
 

@@ -468,10 +468,13 @@ def widths_between(m: int, n: int, k: int) -> set[int]:
 def test_widths_between_even_out_rounds() -> None:
     # 3 rounds of 352 tiles of 128x192 have 44 tiles to spare, of 384 of 128x176 12.
     assert select_config(4096, 2112, 7168).block_n == 176
-    assert widths_between(4096, 2112, 7168) == {112, 144, 176}
-    # Too few k-blocks for a loop for each offset, and 8 rounds and more.
-    assert widths_between(4096, 2112, 512) == set()
-    assert widths_between(8192, 7168, 7168) == set()
+    assert widths_between(4096, 2112, 7168) == {144, 176}
+    # Too few k-blocks for a loop for each offset.
+    assert widths_between(4096, 2112, 11 * 128) == set()
+    assert widths_between(4096, 2112, 12 * 128) == {144, 176}
+    # 6 rounds of 99 x 8 tiles, 7 of 100 x 8.
+    assert 176 in widths_between(99 * 128, 8 * 176, 7168)
+    assert 176 not in widths_between(100 * 128, 8 * 176, 7168)
     # Where all tiles run at once, and those of 128 columns do, too, they are sooner done.
     assert 144 not in widths_between(256, 8192, 8192)
     assert 144 in widths_between(256, 9216, 8192)

@@ -90,6 +90,13 @@ CONFIG_CASES = [
     for case in (Case(333, 776, 1040, config), Case(333, 776, 5 * 128 + 16, config, num_sms=7))
 ]
 
+# A main loop for each place in a block of 128 columns at which a tile may begin: all of them, with
+# k-blocks enough for that.
+LOOP_CASES = [
+    Case(333, 8 * width + 8, 12 * 128 + 16, GemmConfig(128, width, 3, 2))
+    for width in (144, 160, 176, 192, 224)
+]
+
 # Selection and launches with fewer SMs than the GPU has.
 SM_CASES = [Case(333, 776, 400, num_sms=num_sms) for num_sms in (1, 2, 7, 66, 1000)]
 
@@ -125,6 +132,7 @@ def compiled_ahead() -> None:
         *SEED_CASES,
         *EDGE_CASES,
         *CONFIG_CASES,
+        *LOOP_CASES,
         *SM_CASES,
         *REPEAT_CASES,
         *BAD_VALUE_CASES,
@@ -165,7 +173,7 @@ def test_seed_shape(case: Case) -> None:
     support.check_errors(build_judge(m, n, k)(a, sfa, b, sfb, d))
 
 
-@each(EDGE_CASES + CONFIG_CASES + SM_CASES)
+@each(EDGE_CASES + CONFIG_CASES + LOOP_CASES + SM_CASES)
 def test_agrees_with_float64(case: Case) -> None:
     operands = random_operands(case.m, case.n, case.k)
     check(build(case)(*operands), operands)
