@@ -82,9 +82,9 @@ struct SmemLayout {
 
   // Copies of the main loop, each for warpgroups whose columns begin at another place in a block of
   // 128: they know which scale a column has. One loop for all chooses between the additions, and
-  // where two warpgroups promote by turns there is no time to spare for that: it takes 128x160 tiles
-  // 2 % longer, 128x176 ones 8 %. Where promotion overlaps, or a tile has few k-blocks, it costs
-  // less than copies do.
+  // where two warpgroups promote by turns there is no time to spare for that: 128x160 tiles took 2
+  // % longer, 128x176 ones 8 %. Where promotion overlaps, or a tile has few k-blocks, it costs less
+  // than copies do.
   constexpr int loops(long long k_blocks) const {
     const int granule = scale_granule(warpgroup_n());
     const bool by_turns = math_warpgroups > 1 && !overlaps_promotion();
