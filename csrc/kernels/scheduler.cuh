@@ -122,11 +122,16 @@ class Scheduler {
 
 // The k-blocks of this CTA (all, or its share under split-k) and the order it takes them in.
 //
-// Where one row of tiles covers all rows, all CTAs read the same rows of A. In step, they would ask
-// for the same lines at the same time, and the few L2 slices that hold those would set the pace. So
-// every column of tiles starts elsewhere in k and wraps around: up to 3 %. With more rows of tiles,
-// CTAs in step is what lets them share B and A through L2. With many groups, it is what lets memory
-// stream B: rotation costs 2 % there.
+// Where one row of tiles covers all rows, all CTAs read the same rows of A. In step, they ask for
+// the same lines at the same time. What the SMs of one GPC ask for together, L2 seems to deliver
+// once, which is good where many rows are read; but the few L2 slices that hold those lines set the
+// pace, which is bad where there are few. CTAs are handed out GPC by GPC. So if every column of
+// tiles starts elsewhere in k and wraps around, those of a GPC still are close: up to 4 % for a
+// whole k. Clusters are dealt out to the GPCs by turns, and a GPC's columns would be far apart:
+// under split-k that cost up to 14 %, and all start at the same place or, with few rows, at two.
+//
+// With more rows of tiles, CTAs in step is what lets them share B and A through L2. With many
+// groups, it is what lets memory stream B: rotation costs 2 % there.
 class KRange {
  public:
   __device__ KRange() : begin_(0), count_(kKBlocks) {
@@ -142,7 +147,11 @@ class KRange {
   // The first k-block of a tile of a matrix of `rows` rows, and the one that follows another.
   __device__ int first(const Tile& tile, int rows) const {
     if (!kRotates || rows > kRowsPerCluster) return begin_;
-    return begin_ + static_cast<uint32_t>(tile.column) * count_ / kTileColumns;
+    if constexpr (config::kClusterK > 1) {
+      return rows < kWgmmaM && tile.column >= kTileColumns / 2 ? begin_ + count_ / 2 : begin_;
+    } else {
+      return begin_ + static_cast<uint32_t>(tile.column) * count_ / kTileColumns;
+    }
   }
   __device__ int next(int block) const {
     ++block;
