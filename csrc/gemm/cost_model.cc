@@ -64,14 +64,17 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double fill = (a_rows + block_n) * kBlockK / model.sm_bytes_per_cycle;
   // CTAs that have not drifted apart yet ask for the same lines together, which L2 answers once.
   // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.
+  // Clusters that split k are no neighbours, and share A alone.
   double l2 = 0;
-  if (tiling.group_rows * config.cluster_m > 2) {
-    const double shared = (block_m / config.cluster_n + block_n / config.cluster_m) * kBlockK;
-    const double rate = model.l2_bytes_per_us * (tiling.rounds <= 3 ? model.in_step : 1);
-    l2 = shared * ctas / rate * 1e3 * model.clock_ghz;
+  const bool split_rows = config.cluster_k > 1 && tiling.group_rows > 1;
+  if (tiling.group_rows * config.cluster_m > 2 || split_rows) {
+    const double in_step = tiling.rounds <= 3 ? model.in_step : 1;
+    const double a = block_m / config.cluster_n / in_step;
+    const double b = block_n / config.cluster_m / (split_rows ? 1 : in_step);
+    l2 = (a + b) * kBlockK * ctas / model.l2_bytes_per_us * 1e3 * model.clock_ghz;
   }
-  const double k_block =
-      std::max({math, fill, l2, model.min_k_block_cycles}) + model.exposed_l2 * l2;
+  const double k_block = std::max(
+      {math, fill, l2, model.min_k_block_cycles + (warpgroups - 1) * model.paired_k_block_cycles});
 
   // What a k-block of the last column of tiles takes more. Its rows of B past n are zeros, which
   // TMA is slower to fill in than rows to copy (groups have the next one's rows there).
@@ -82,9 +85,8 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double tail = std::max(0.0, fill + zeros * zero_cycles - k_block);
 
   const double boxes = columns / smem.store_cols();
-  const double epilogue =
-      (model.epilogue_cycles + waves * (columns * model.column_cycles + boxes * model.box_cycles)) *
-      (warpgroups == 1 ? 1 : model.paired_epilogue);
+  const double own_epilogue = waves * (columns * model.column_cycles + boxes * model.box_cycles);
+  const double epilogue = own_epilogue * (warpgroups == 1 ? 1 : model.paired_epilogue);
   const double work = tiling.tiles * config.cluster_size() / problem.num_sms * k_blocks * tensor;
   const double compute_us =
       (tiling.rounds * (k_blocks * k_block + epilogue) + k_blocks * tail + model.energy * work) /
@@ -112,11 +114,13 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
           hbm_bytes_per_us +
       (tiling.rounds - 1) * model.tile_us;
 
-  double fixed_us = model.launch_us + (model.first_stage * fill + model.last_epilogue * epilogue) /
-                                          model.clock_ghz * 1e-3;
+  double fixed_us =
+      model.launch_us +
+      (model.first_stage * fill + model.last_epilogue * own_epilogue) / model.clock_ghz * 1e-3;
   if (warpgroups == 2) fixed_us += model.second_warpgroup_us;
   if (config.cluster_k > 1) {
-    const double exchanged = block_m * block_n * 4 * (config.cluster_k - 1) / config.cluster_k;
+    const double exchanged =
+        block_m * block_n * 4 / warpgroups * (config.cluster_k - 1) / config.cluster_k;
     fixed_us += model.split_k_us + exchanged / model.exchange_bytes_per_us;
   } else if (config.cluster_size() > 1) {
     fixed_us += model.multicast_us;

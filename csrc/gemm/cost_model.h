@@ -15,39 +15,38 @@ namespace dg {
 // fitted to, whose weights have other n and k, 1.8 and 15 %. That is among widths without 144 and
 // 176, which came later, with loops that know their scales. benchmarks/results has the sweeps.
 struct CostModel {
-  double clock_ghz = 2.03;                // while multiplying FP8
-  double hbm_share = 0.841;               // of the peak, streaming weights
-  double l2_bytes_per_us = 8.78e6;        // TMA loads that hit L2, all SMs together
-  double in_step = 1.53;                  // more of it in the first three rounds
-  double sm_bytes_per_cycle = 51.0;       // what one SM takes in through TMA
-  double min_k_block_cycles = 285;        // the least, however small the tile
-  double gap_cycles = 195;                // between a wgmma and its warpgroup's next one
-  double launch_us = 1.4;                 // launch, first loads, last store
-  double second_warpgroup_us = 0.0947;    // more of it with two math warpgroups
-  double multicast_us = 1.38;             // more of it in a cluster
-  double split_k_us = 0.755;              // more of it, beside the exchange of partial sums
-  double exchange_bytes_per_us = 4.58e4;  // of one CTA's partial sums
-  double epilogue_cycles = 361;           // per tile
-  double column_cycles = 0.661;           // per column of a wave: convert, stage, store
-  double box_cycles = 159;                // per box of a wave: narrow boxes are many stores
-  double paired_epilogue = 1.77;          // two warpgroups that store: of one's epilogue
-  double first_stage = 1.62;              // of a stage's time to arrive, before all else
-  double last_epilogue = 0.793;           // of an epilogue, after all else
-  double split_rows = 0.0824;             // of all that is not fixed, per halving of k where there
+  double clock_ghz = 2.24;                // while multiplying FP8
+  double hbm_share = 0.95;                // of the peak, streaming weights
+  double l2_bytes_per_us = 9.03e6;        // TMA loads that hit L2, all SMs together
+  double in_step = 3.16;                  // more of it in the first three rounds
+  double sm_bytes_per_cycle = 55.3;       // what one SM takes in through TMA
+  double min_k_block_cycles = 273;        // the least, however small the tile
+  double paired_k_block_cycles = 103;     // more of it with two math warpgroups
+  double gap_cycles = 189;                // between a wgmma and its warpgroup's next one
+  double launch_us = 0.835;               // launch, first loads, last store
+  double second_warpgroup_us = 0.37;      // more of it with two math warpgroups
+  double multicast_us = 2.39;             // more of it in a cluster
+  double split_k_us = 0.0571;             // more of it, beside the exchange of partial sums
+  double exchange_bytes_per_us = 1.39e4;  // of one CTA's partial sums
+  double column_cycles = 3.88;            // per column of a wave: convert, stage, store
+  double box_cycles = 161;                // per box of a wave: narrow boxes are many stores
+  double paired_epilogue = 1.13;          // two warpgroups that store: of one's epilogue
+  double first_stage = 2.02;              // of a stage's time to arrive, before all else
+  double last_epilogue = 3.19;            // of an epilogue, after all else
+  double split_rows = 0.114;              // of all that is not fixed, per halving of k where there
                                           // are more rows of tiles than one
-  double exposed_minor = 0.0269;          // of the shorter of computing and memory time
-  double exposed_l2 = 0.00055;            // of L2's time per k-block
-  double energy = 0.139;                  // of the tensor cores' work: work costs clock
-  double stored_share = 0.405;            // of D's bytes that compete with loads
-  double tile_us = 0.0991;                // without loads, per tile but the first
-  double zero_row_cycles = 4.73;          // TMA's, for a row of B past n, which it fills with zeros
+  double exposed_minor = 0.227;           // of the shorter of computing and memory time
+  double energy = 0.106;                  // of the tensor cores' work: work costs clock
+  double stored_share = 0.0245;           // of D's bytes that compete with loads
+  double tile_us = 0.148;                 // without loads, per tile but the first
+  double zero_row_cycles = 2.59;          // TMA's, for a row of B past n, which it fills with zeros
   // Bytes of weights in flight, in microseconds of the memory's rate: fewer do not cover its
   // latency; more queue up, and some CTAs finish late.
-  double shallow_us = 1.86;
-  double shallow_cost = 0.524;  // per factor of bytes that are missing
-  double deep_us = 2.54;
-  double deep_cost = 0.123;     // per factor of bytes that are too many
-  double stage_in_use = 0.805;  // stages that are full but not free, beside one where a wave queues
+  double shallow_us = 1.42;
+  double shallow_cost = 0.515;  // per factor of bytes that are missing
+  double deep_us = 2.4;
+  double deep_cost = 0.146;     // per factor of bytes that are too many
+  double stage_in_use = 0.467;  // stages that are full but not free, beside one where a wave queues
 };
 
 // The constants by name, for who fits them.
@@ -62,13 +61,13 @@ inline constexpr CostConstant kCostConstants[] = {
     {"in_step", &CostModel::in_step},
     {"sm_bytes_per_cycle", &CostModel::sm_bytes_per_cycle},
     {"min_k_block_cycles", &CostModel::min_k_block_cycles},
+    {"paired_k_block_cycles", &CostModel::paired_k_block_cycles},
     {"gap_cycles", &CostModel::gap_cycles},
     {"launch_us", &CostModel::launch_us},
     {"second_warpgroup_us", &CostModel::second_warpgroup_us},
     {"multicast_us", &CostModel::multicast_us},
     {"split_k_us", &CostModel::split_k_us},
     {"exchange_bytes_per_us", &CostModel::exchange_bytes_per_us},
-    {"epilogue_cycles", &CostModel::epilogue_cycles},
     {"column_cycles", &CostModel::column_cycles},
     {"box_cycles", &CostModel::box_cycles},
     {"paired_epilogue", &CostModel::paired_epilogue},
@@ -76,7 +75,6 @@ inline constexpr CostConstant kCostConstants[] = {
     {"last_epilogue", &CostModel::last_epilogue},
     {"split_rows", &CostModel::split_rows},
     {"exposed_minor", &CostModel::exposed_minor},
-    {"exposed_l2", &CostModel::exposed_l2},
     {"energy", &CostModel::energy},
     {"stored_share", &CostModel::stored_share},
     {"tile_us", &CostModel::tile_us},
