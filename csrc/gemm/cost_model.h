@@ -8,12 +8,12 @@
 
 namespace dg {
 
-// The constants, fitted to sweeps with a cold, clean L2 together: every named shape on an H100
-// (180), 58 of them on an H200 (DeepGEMM's dense and grouped shapes, decode), and there 213 drawn
-// at random, 15 of them named. On those, what is selected is 0.6, 0.5 and 2.4 % slower than the
-// fastest configuration by geometric mean and 7, 5 and 14 % at worst; on 80 that they were not
-// fitted to, whose weights have other n and k, 1.8 and 15 %. That is among widths without 144 and
-// 176, which came later, with loops that know their scales. benchmarks/results has the sweeps.
+// The constants, fitted to sweeps with a cold, clean L2 together: every named shape on an H100 and
+// on an H200 (180), and there 96 others of 1 to 256 rows and 250 drawn at random. On an H200, what
+// is selected is 0.8 % slower than the fastest configuration of named shapes by geometric mean and
+// 7 % at worst, 0.9 and 10 % on those 96 (a third was not fitted to: 0.7 and 3.5 %), 2.3 and 13 %
+// on the 250; on an H100 1.0 and 7 %, by sweeps of older kernels. benchmarks/results has the
+// sweeps.
 struct CostModel {
   double clock_ghz = 2.24;                // while multiplying FP8
   double hbm_share = 0.95;                // of the peak, streaming weights
