@@ -66,11 +66,11 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.
   // Clusters that split k are no neighbours, and share A alone.
   double l2 = 0;
-  const bool split_rows = config.cluster_k > 1 && tiling.group_rows > 1;
-  if (tiling.group_rows * config.cluster_m > 2 || split_rows) {
+  const bool shares_a_alone = config.cluster_k > 1 && tiling.group_rows > 1;
+  if (tiling.group_rows * config.cluster_m > 2 || shares_a_alone) {
     const double in_step = tiling.rounds <= 3 ? model.in_step : 1;
     const double a = block_m / config.cluster_n / in_step;
-    const double b = block_n / config.cluster_m / (split_rows ? 1 : in_step);
+    const double b = block_n / config.cluster_m / (shares_a_alone ? 1 : in_step);
     l2 = (a + b) * kBlockK * ctas / model.l2_bytes_per_us * 1e3 * model.clock_ghz;
   }
   const double k_block = std::max(
@@ -125,8 +125,7 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   } else if (config.cluster_size() > 1) {
     fixed_us += model.multicast_us;
   }
-  const double split =
-      tiling.group_rows > 1 ? 1 + model.split_rows * std::log2(config.cluster_k) : 1;
+  const double split = shares_a_alone ? 1 + model.split_rows * std::log2(config.cluster_k) : 1;
   return fixed_us + split * (std::max(compute_us, memory_us) +
                              model.exposed_minor * std::min(compute_us, memory_us));
 }

@@ -72,7 +72,7 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem) {
   constexpr int kBlockNs[] = {16, 32, 64, 96, 128, 144, 160, 176, 192, 224, 256};
   std::vector<GemmConfig> candidates;
   // The model takes 128x256 for equal to 256x128, B shared to A shared, and 64x128 to 128x64. The
-  // first one wins: less is wasted where groups end, and it was up to 3 and 7 % faster.
+  // first one wins: less is wasted where groups end, and it was up to 3 and, by mean, 4 % faster.
   for (int block_m : {64, 128, 256}) {
     for (int warpgroups : {1, 2}) {
       for (int block_n : kBlockNs) {

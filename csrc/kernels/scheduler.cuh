@@ -124,11 +124,12 @@ class Scheduler {
 //
 // Where one row of tiles covers all rows, all CTAs read the same rows of A. In step, they ask for
 // the same lines at the same time. What the SMs of one GPC ask for together, L2 seems to deliver
-// once, which is good where many rows are read; but the few L2 slices that hold those lines set the
-// pace, which is bad where there are few. CTAs are handed out GPC by GPC. So if every column of
-// tiles starts elsewhere in k and wraps around, those of a GPC still are close: up to 4 % for a
-// whole k. Clusters are dealt out to the GPCs by turns, and a GPC's columns would be far apart:
-// under split-k that cost up to 14 %, and all start at the same place or, with few rows, at two.
+// once; but the few L2 slices that hold those lines set the pace. CTAs are handed out GPC by GPC.
+// So if every column of tiles starts elsewhere in k and wraps around, those of a GPC still are
+// close together: up to 4 % for a whole k. Clusters are dealt out to the GPCs by turns, and a GPC's
+// columns would be far apart: under split-k that cost up to a third of the time. There all columns
+// start at one place or, where tiles are so narrow that A is most of what they load, at two.
+// (Clusters that share B or A rotate as CTAs do: they are not what selection takes here.)
 //
 // With more rows of tiles, CTAs in step is what lets them share B and A through L2. With many
 // groups, it is what lets memory stream B: rotation costs 2 % there.
@@ -148,7 +149,8 @@ class KRange {
   __device__ int first(const Tile& tile, int rows) const {
     if (!kRotates || rows > kRowsPerCluster) return begin_;
     if constexpr (config::kClusterK > 1) {
-      return rows < kWgmmaM && tile.column >= kTileColumns / 2 ? begin_ + count_ / 2 : begin_;
+      constexpr bool kTwoPlaces = config::kBlockN <= 32;
+      return kTwoPlaces && tile.column >= kTileColumns / 2 ? begin_ + count_ / 2 : begin_;
     } else {
       return begin_ + static_cast<uint32_t>(tile.column) * count_ / kTileColumns;
     }

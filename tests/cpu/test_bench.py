@@ -205,8 +205,9 @@ class TestFlush:
         self, dirty_l2: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(timing, "GIGABYTE", 4000)
+        monkeypatch.setattr(timing.Flush, "UNIT_BYTES", 200)
         flush = timing.Flush(jax.devices("cpu")[0], dirty_l2=dirty_l2)
-        assert ("reads another" in flush.method) is not dirty_l2
+        assert ("then reads" in flush.method) is not dirty_l2
         address = flush._written.unsafe_buffer_pointer()
         flush()
         assert flush._written.unsafe_buffer_pointer() == address
@@ -214,6 +215,7 @@ class TestFlush:
 
     def test_begins_with_reads_of_different_lengths(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(timing, "GIGABYTE", 4000)
+        monkeypatch.setattr(timing.Flush, "UNIT_BYTES", 200)
         flush = timing.Flush(jax.devices("cpu")[0], dirty_l2=False)
         read = [int(next(flush._read_some)(flush._unchanged)) for _ in range(16)]  # of ones
         assert sorted(read[:8]) == [50 * length for length in range(8)]
