@@ -79,6 +79,7 @@ KERNELS = {
     "256x64, shared A": kernel(DENSE, 264, 272, 256, 64, 2, cluster_n=2, arrivals_per_warp=32),
     "64x64, a k-block": kernel(DENSE, 264, 112, 64, 64, 2, 1),
     "64x64, k in 2": kernel(DENSE, 264, 656, 64, 64, 2, 1, cluster_k=2),
+    "64x32, k in 2": kernel(DENSE, 136, 656, 64, 32, 3, 1, cluster_k=2),
     "128x112, k in 4": kernel(DENSE, 136, 656, 128, 112, 2, cluster_k=4, arrivals_per_warp=32),
     "contiguous, 64x64": kernel(CONTIGUOUS, 136, 304, 64, 64, 4, 1, raster_m=8),
     "contiguous, 256x64": kernel(CONTIGUOUS, 136, 400, 256, 64, 3),
@@ -109,6 +110,13 @@ FAULTS = {
         "",
         KERNELS["ragged, 64x64"],
         "more arrivals|in a later phase|of D is",
+    ),
+    "a column of tiles begins in its peer's half of k": Fault(
+        "scheduler.cuh",
+        "? begin_ + count_ / 2 :",
+        "? begin_ + count_ :",
+        KERNELS["64x32, k in 2"],
+        "what are not scales|of D is",
     ),
     "the wgmma before is not waited for": Fault(
         "mainloop.cuh",
