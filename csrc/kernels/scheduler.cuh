@@ -128,7 +128,7 @@ class Scheduler {
 // So if every column of tiles starts elsewhere in k and wraps around, those of a GPC still are
 // close together: up to 4 % for a whole k. Clusters are dealt out to the GPCs by turns, and a GPC's
 // columns would be far apart: under split-k that cost up to a third of the time. There all columns
-// start at one place or, where tiles are so narrow that A is most of what they load, at two.
+// start at one place or, where tiles are narrow, so that more CTAs ask for A more often, at two.
 // (Clusters that share B or A rotate as CTAs do: they are not what selection takes here.)
 //
 // With more rows of tiles, CTAs in step is what lets them share B and A through L2. With many

@@ -45,7 +45,7 @@ from jax_deepgemm.cli.precompile import add_shapes_argument, given_shapes
 from jax_deepgemm.cli.problem import ORACLE, random_problem, random_problems
 from jax_deepgemm.cli.roofline import require_matplotlib, roofline_figure
 from jax_deepgemm.cli.shapes import DENSE, Shape, parse_count
-from jax_deepgemm.cli.timing import GIGABYTE, Flush, host_calls_us
+from jax_deepgemm.cli.timing import GIGABYTE, READ_BYTES, Flush, host_calls_us
 
 BASELINES = ("torch", "xla", "stream", "none")
 # What `python` runs for that baseline: `-m` would import the module twice.
@@ -427,8 +427,9 @@ def _ask_torch(
     """The answer of `torch_baseline.py`, or why there is none."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
+    request |= {"shapes": shapes, "read_bytes": READ_BYTES}
     answer: dict[str, Any] | str
-    answer = _ask([str(torch_baseline.__file__)], args, {"shapes": shapes, **request})
+    answer = _ask([str(torch_baseline.__file__)], args, request)
     return answer
 
 

@@ -1,8 +1,8 @@
 """cuBLASLt's GEMMs through PyTorch, timed as ours are. Run by `bench` as a script.
 
 It imports neither jax nor jax_deepgemm: it runs in a process of its own, whose only argument is
-JSON, {"shapes": [[m, n, k], ...], "iterations": .., "dirty_l2": .., "kinds": ["fp8"]}; the answer
-is the last line of stdout.
+JSON, {"shapes": [[m, n, k], ...], "iterations": .., "dirty_l2": .., "read_bytes": [..], "kinds":
+["fp8"]}; the answer is the last line of stdout. "read_bytes" is `timing.READ_BYTES`.
 
     cublaslt_fp8_fast_accum_us   one scale per tensor, no promotion: less work than ours
     cublaslt_fp8_blockscaled_us  1x128 scales on A, 128x128 on B: the same work (CUDA 12.9 or later)
@@ -109,12 +109,10 @@ def main() -> None:
     written = torch.empty(write_bytes, dtype=torch.uint8, device="cuda")
     read = torch.ones(GIGABYTE // 4, device="cuda")
 
-    # As timing.Flush does, which this process, for torch alone, does not import.
-    lengths = itertools.cycle((0, 3, 6, 1, 4, 7, 2, 5))
-    unit = GIGABYTE // 20 // 4
+    read_bytes = itertools.cycle(request["read_bytes"])
 
     def flush() -> None:
-        read[: unit * next(lengths)].sum()
+        read[: next(read_bytes) // 4].sum()
         written.fill_(1)
         if not request["dirty_l2"]:
             read.sum()

@@ -199,13 +199,16 @@ class TestProfile:
             assert 0 < kernel_us < op_us
 
 
+READ_BYTES = tuple(length // 250_000 for length in timing.READ_BYTES)
+
+
 class TestFlush:
     @pytest.mark.parametrize("dirty_l2", [False, True])
     def test_writes_one_buffer_in_place(
         self, dirty_l2: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(timing, "GIGABYTE", 4000)
-        monkeypatch.setattr(timing.Flush, "UNIT_BYTES", 200)
+        monkeypatch.setattr(timing, "READ_BYTES", READ_BYTES)
         flush = timing.Flush(jax.devices("cpu")[0], dirty_l2=dirty_l2)
         assert ("then reads" in flush.method) is not dirty_l2
         address = flush._written.unsafe_buffer_pointer()
@@ -215,11 +218,11 @@ class TestFlush:
 
     def test_begins_with_reads_of_different_lengths(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(timing, "GIGABYTE", 4000)
-        monkeypatch.setattr(timing.Flush, "UNIT_BYTES", 200)
+        monkeypatch.setattr(timing, "READ_BYTES", READ_BYTES)
         flush = timing.Flush(jax.devices("cpu")[0], dirty_l2=False)
         read = [int(next(flush._read_some)(flush._unchanged)) for _ in range(16)]  # of ones
-        assert sorted(read[:8]) == [50 * length for length in range(8)]
-        assert read[8:] == read[:8]
+        assert read == [length // 4 for length in 2 * READ_BYTES]
+        assert sorted(READ_BYTES) == [200 * eighths for eighths in range(8)]
 
 
 class TestMeasure:
@@ -393,14 +396,17 @@ class TestCommand:
     ) -> None:
         code = (
             "import json, sys\n"
-            "shapes = json.loads(sys.argv[1])['shapes']\n"
-            "print(json.dumps({'torch': {}, 'rows': [{'mnk': shape} for shape in shapes]}))"
+            "request = json.loads(sys.argv[1])\n"
+            "read = request['read_bytes']\n"
+            "rows = [{'mnk': shape, 'read': read} for shape in request['shapes']]\n"
+            "print(json.dumps({'torch': {}, 'rows': rows}))"
         )
         monkeypatch.setattr("importlib.util.find_spec", lambda name: "found")
         monkeypatch.setattr(bench.torch_baseline, "__file__", script(tmp_path, code))
         arguments = argparse.Namespace(iterations=2, dirty_l2=False)
         answer = bench._torch_baselines([GROUPED, SHAPE], arguments)
-        assert answer["rows"] == {SHAPE: {"mnk": [64, 256, 384]}}
+        reads = list(timing.READ_BYTES)
+        assert answer["rows"] == {SHAPE: {"mnk": [64, 256, 384], "read": reads}}
 
     def test_streams_are_asked_for_with_their_configs(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
