@@ -368,12 +368,13 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     params.sfa_pitch = static_cast<int>(sfa_pitch);
     params.num_groups = static_cast<int>(problem.num_groups);
     const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config);
-    params.a_box = specs.a.box_rows;
+    params.part_rows = specs.a_part.box_rows;
     const jit::Driver& driver = state->driver;
     CUtensorMap map_a = Encode(driver, specs.a, a.untyped_data());
+    CUtensorMap map_a_part = Encode(driver, specs.a_part, a.untyped_data());
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());
     CUtensorMap map_d = Encode(driver, specs.d, d->untyped_data());
-    void* arguments[] = {&map_a, &map_b, &map_d, &params};
+    void* arguments[] = {&map_a, &map_a_part, &map_b, &map_d, &params};
     plan.kernel->Launch(stream, GridSize(problem, plan.config), arguments);
   });
 }

@@ -20,9 +20,10 @@ struct TensorMapSpec {
 };
 
 struct TensorMapSpecs {
-  TensorMapSpec a;  // [m, k] fp8
-  TensorMapSpec b;  // [num_groups * n, k] fp8
-  TensorMapSpec d;  // [m, n] bf16
+  TensorMapSpec a;       // [m, k] fp8, by whole tiles or a CTA's share of one
+  TensorMapSpec a_part;  // the same, by parts of tiles that do not have all their rows
+  TensorMapSpec b;       // [num_groups * n, k] fp8
+  TensorMapSpec d;       // [m, n] bf16
 };
 
 // The maps of a launch with m >= 1 rows.

@@ -76,7 +76,7 @@ constexpr int kBeginThreads = 3 * 32;  // both warps that make barriers, and the
 
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert((config::kBlockM & (config::kBlockM - 1)) == 0,
-              "a_box is a power of two: it divides the tile");
+              "halves and quarters of a tile are parts of it");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
 static_assert(config::kBlockM % (kWgmmaM * (kLayout.splits_rows() ? config::kMathWarpgroups : 1)) ==
                   0,
@@ -107,6 +107,45 @@ __device__ __forceinline__ void wait_for_barriers(int begin) {
     barrier_sync(begin, kBeginThreads);
   }
 }
+
+struct OperandMaps {
+  const TensorMap& a;  // by whole tiles, or with multicast by a CTA's share of one
+  const TensorMap& a_part;
+  const TensorMap& b;
+};
+
+// Which of a tile's rows of A are copied, and by which boxes: one of the whole tile or, where rows
+// are missing, those of KernelParams::part_rows that hold one. What lies in shared memory where the
+// others would, makes rows of D that nobody stores.
+class PartOfA {
+ public:
+  __device__ PartOfA(const KernelParams& params, int tile_rows) {
+    if constexpr (config::kClusterN > 1) {
+      is_whole_ = true;
+      rows_ = config::kBlockM;
+    } else if constexpr (kGrouping == Grouping::kDense) {
+      // The last row of tiles has part_rows; one behind it, of a cluster, has none, and stays what
+      // it is by copying as many zeros.
+      is_whole_ = tile_rows >= config::kBlockM;
+      rows_ = is_whole_ ? config::kBlockM : params.part_rows;
+    } else {
+      // A power of two. One part at least, all of them are whole.
+      const int last = params.part_rows - 1;
+      rows_ = min(config::kBlockM, (max(tile_rows, 1) + last) & ~last);
+      is_whole_ = rows_ == config::kBlockM;
+    }
+    box_rows_ = is_whole_ ? config::kBlockM : params.part_rows;
+  }
+
+  __device__ bool is_whole() const { return is_whole_; }
+  __device__ int rows() const { return rows_; }
+  __device__ int box_rows() const { return box_rows_; }
+
+ private:
+  bool is_whole_;
+  int rows_;
+  int box_rows_;
+};
 
 // The part of an operand that one CTA loads: all of it, or with multicast a share, for all of the
 // cluster.
@@ -143,22 +182,15 @@ class OperandLoader {
 // the tensor cores wait: as little as can be stands between the wait and the copies. NOTE: with a
 // __syncwarp in front of the loop, ptxas takes the lanes for diverged and moves every address to a
 // uniform register where it is used.
-__device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap& map_a,
-                                              const TensorMap& map_b, const KernelParams& params,
-                                              const KRange& range, const Tile& tile,
-                                              RingPosition ring, bool is_first) {
-  // Boxes of A that hold rows of the tile, one at least. What lies in shared memory where the
-  // others would, makes rows of D that nobody stores. TMA takes about 8 cycles for a row that it
-  // fills with zeros, past the end of A, and 3 for one that it copies: m = 1 took 1.7 times as long
-  // as m = 64.
-  const int rows = min(config::kBlockM, tile.rows);
-  const int a_rows =
-      rows <= params.a_box ? params.a_box : (rows + params.a_box - 1) & ~(params.a_box - 1);
-  const int a_bytes = config::kClusterN > 1 ? kLayout.a_bytes() : a_rows * kBlockK;
+__device__ __forceinline__ void load_operands(const Smem& smem, const OperandMaps& maps,
+                                              const KernelParams& params, const KRange& range,
+                                              const Tile& tile, RingPosition ring, bool is_first) {
+  const PartOfA part(params, tile.rows);
+  const TensorMap& map_a = part.is_whole() ? maps.a : maps.a_part;
   const OperandLoader<config::kClusterN, config::kBlockM> a(map_a, smem.a(0), tile.m);
-  const OperandLoader<config::kClusterM, config::kBlockN> b(map_b, smem.b(0),
+  const OperandLoader<config::kClusterM, config::kBlockN> b(maps.b, smem.b(0),
                                                             tile.group * config::kN + tile.n);
-  const int bytes = a_bytes + kLayout.b_bytes();  // of a stage
+  const int bytes = part.rows() * kBlockK + kLayout.b_bytes();  // of a stage
   int k_block = range.first(tile, params.m);
   if (is_first) wait_for_barriers(kOperandsBegin);
   // A handful of copies per k-block is all there is to issue; unrolled they would not fit into the
@@ -173,11 +205,11 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const TensorMap&
       mbarrier_arrive_expect_tx(full, bytes);
       b.load(stage, full, k);
       a.load(stage, full, k);
-      if constexpr (config::kClusterN == 1) {
+      if constexpr (config::kClusterN == 1 && kGrouping != Grouping::kDense) {
         // Seldom more than one. The first is not in the loop: TMA reads the registers that a loop
         // steps long after it is issued.
 #pragma unroll 1
-        for (int row = params.a_box; row < a_rows; row += params.a_box) {
+        for (int row = part.box_rows(); row < part.rows(); row += part.box_rows()) {
           tma_load_2d(smem.a(stage) + row * kBlockK, map_a, full, k, tile.m + row);
         }
       }
@@ -317,8 +349,7 @@ __device__ __forceinline__ void pass_stage(const Smem& smem, const RingPosition&
   for (int i = 0; i < arrivals; ++i) mbarrier_arrive(smem.full(stage));
 }
 
-__device__ __forceinline__ void produce_operands(const Smem& smem, const TensorMap& map_a,
-                                                 const TensorMap& map_b,
+__device__ __forceinline__ void produce_operands(const Smem& smem, const OperandMaps& maps,
                                                  const KernelParams& params) {
   Scheduler scheduler(params);
   const KRange range;
@@ -329,7 +360,7 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const TensorM
     st_shared_v4_s32_elect(smem.tile(slot.next()), make_int4(tile.m, tile.n, tile.rows, tile.kind));
     const bool loads = tile.kind >= kMultiply;
     if (loads) {
-      load_operands(smem, map_a, map_b, params, range, tile, ring, is_first);
+      load_operands(smem, maps, params, range, tile, ring, is_first);
     } else {
       if (is_first) wait_for_barriers(kOperandsBegin);
       if (elect_sync()) pass_stage(smem, ring, 1);
@@ -484,6 +515,7 @@ __device__ __forceinline__ void join_cluster() {
 
 extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     DG_KERNEL_NAME(const __grid_constant__ dg::TensorMap map_a,
+                   const __grid_constant__ dg::TensorMap map_a_part,
                    const __grid_constant__ dg::TensorMap map_b,
                    const __grid_constant__ dg::TensorMap map_d,
                    const __grid_constant__ dg::KernelParams params) {
@@ -528,7 +560,7 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     produce_scales(smem, params);
   } else {
     join_cluster();
-    produce_operands(smem, map_a, map_b, params);
+    produce_operands(smem, {map_a, map_a_part, map_b}, params);
   }
 
   // Peers that multicast still send arrivals here: no one leaves before all are done. Split-k needs

@@ -118,6 +118,20 @@ FAULTS = {
         KERNELS["64x32, k in 2"],
         "what are not scales|of D is",
     ),
+    "a tile's last part is not copied": Fault(
+        "gemm.cuh",
+        "(max(tile_rows, 1) + last) & ~last",
+        "max(last + 1, tile_rows & ~last)",
+        KERNELS["ragged, 64x64"],
+        "of D is",
+    ),
+    "the last row of tiles is a row short": Fault(
+        "gemm.cuh",
+        "is_whole_ ? config::kBlockM : params.part_rows;\n    } else {",
+        "is_whole_ ? config::kBlockM : params.part_rows - 1;\n    } else {",
+        KERNELS["64x64"],
+        "more bytes|in a later phase|of D is|a deadlock",
+    ),
     "the wgmma before is not waited for": Fault(
         "mainloop.cuh",
         "drain<1>(done);",

@@ -36,9 +36,9 @@ const Kernel kKernel = {
     dg::kLayout.total_bytes(),
 };
 
-void RunThread(const dg::TensorMap& a, const dg::TensorMap& b, const dg::TensorMap& d,
-               const dg::KernelParams& params) {
-  gemm_kernel(a, b, d, params);
+void RunThread(const dg::TensorMap& a, const dg::TensorMap& a_part, const dg::TensorMap& b,
+               const dg::TensorMap& d, const dg::KernelParams& params) {
+  gemm_kernel(a, a_part, b, d, params);
 }
 
 }  // namespace emulator

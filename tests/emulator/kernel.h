@@ -30,7 +30,7 @@ struct Kernel {
 extern const Kernel kKernel;
 
 // One thread's way through it.
-void RunThread(const dg::TensorMap& a, const dg::TensorMap& b, const dg::TensorMap& d,
-               const dg::KernelParams& params);
+void RunThread(const dg::TensorMap& a, const dg::TensorMap& a_part, const dg::TensorMap& b,
+               const dg::TensorMap& d, const dg::KernelParams& params);
 
 }  // namespace emulator

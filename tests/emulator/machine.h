@@ -63,6 +63,7 @@ struct Timing {
 
 struct Launch {
   TensorMap a;
+  TensorMap a_part;
   TensorMap b;
   TensorMap d;
   dg::KernelParams params;

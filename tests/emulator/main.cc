@@ -266,6 +266,7 @@ void RunProblem(int number, int max_m) {
   const dg::TensorMapSpecs maps = dg::MakeTensorMapSpecs(gemm, config);
   Launch launch = {};
   launch.a = Model(maps.a, a.data());
+  launch.a_part = Model(maps.a_part, a.data());
   launch.b = Model(maps.b, b.data());
   launch.d = Model(maps.d, d.data());
   launch.params.sfa = sfa.data();
@@ -275,7 +276,7 @@ void RunProblem(int number, int max_m) {
   launch.params.detail = detail.data();
   launch.params.m = rows.m;
   launch.params.sfa_pitch = static_cast<int>(pitch);
-  launch.params.a_box = maps.a.box_rows;
+  launch.params.part_rows = maps.a_part.box_rows;
   launch.params.num_groups = rows.num_groups;
   launch.params.num_sizes = rows.num_sizes;
   launch.params.max_m = rows.max_m;
