@@ -40,8 +40,8 @@ Tiling::Tiling(const GemmProblem& problem, const GemmConfig& config)
 }
 
 double Tiling::stage_bytes(const GemmConfig& config) const {
-  return resident * config.cluster_size() / (std::min(group_rows, resident) * config.cluster_m) *
-         config.smem().b_bytes();
+  const double rows = std::min({group_rows, resident, double(config.raster_m)});
+  return resident * config.cluster_size() / (rows * config.cluster_m) * config.smem().b_bytes();
 }
 
 double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const CostModel& model) {
@@ -59,22 +59,26 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double columns = smem.warpgroup_n();
   const double tensor = block_m * block_n / 32;
   const double promote = smem.overlaps_promotion() ? 0 : waves * columns / 2;
-  const double math = tensor + (promote + waves * model.gap_cycles) / warpgroups;
+  // Where wgmmas are small, the tensor cores wait for what a warpgroup does from one to its next.
+  const double own = waves * (2 * columns + model.chain_cycles) + promote;
+  const double math = std::max(tensor + (promote + waves * model.gap_cycles) / warpgroups, own);
   const double a_rows = std::min<double>(block_m, GroupRows(problem));
   const double fill = (a_rows + block_n) * kBlockK / model.sm_bytes_per_cycle;
-  // CTAs that have not drifted apart yet ask for the same lines together, which L2 answers once.
+  // CTAs that have not drifted apart ask for the same lines together, which L2 answers once.
   // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.
   // Clusters that split k are no neighbours, and share A alone.
   double l2 = 0;
   const bool shares_a_alone = config.cluster_k > 1 && tiling.group_rows > 1;
   if (tiling.group_rows * config.cluster_m > 2 || shares_a_alone) {
-    const double in_step = tiling.rounds <= 3 ? model.in_step : 1;
+    const double run = tiling.rounds * k_blocks;
+    const double in_step = 1 + model.in_step / (1 + run / model.drift_k_blocks);
     const double a = block_m / config.cluster_n / in_step;
     const double b = block_n / config.cluster_m / (shares_a_alone ? 1 : in_step);
     l2 = (a + b) * kBlockK * ctas / model.l2_bytes_per_us * 1e3 * model.clock_ghz;
   }
-  const double k_block = std::max(
-      {math, fill, l2, model.min_k_block_cycles + (warpgroups - 1) * model.paired_k_block_cycles});
+  const double least = model.min_k_block_cycles + waves * columns * model.column_k_block_cycles +
+                       (warpgroups - 1) * model.paired_k_block_cycles;
+  const double k_block = std::max({math, fill, l2, least});
 
   // What a k-block of the last column of tiles takes more. Its rows of B past n are zeros, which
   // TMA is slower to fill in than rows to copy (groups have the next one's rows there).
@@ -121,7 +125,7 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   if (config.cluster_k > 1) {
     const double exchanged =
         block_m * block_n * 4 / warpgroups * (config.cluster_k - 1) / config.cluster_k;
-    fixed_us += model.split_k_us + exchanged / model.exchange_bytes_per_us;
+    fixed_us += exchanged / model.exchange_bytes_per_us;
   } else if (config.cluster_size() > 1) {
     fixed_us += model.multicast_us;
   }

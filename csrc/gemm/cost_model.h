@@ -9,46 +9,48 @@
 namespace dg {
 
 // The constants, fitted together to sweeps with a cold, clean L2: every named shape on an H100 and
-// on an H200 (180), and there two thirds of 96 others of 1 to 256 rows, three quarters of 250 drawn
-// at random, and those for the widths 144 and 176. They are what makes the choices right, not
-// measurements: a clock that no GPU has, for one. On an H200, what is selected is 0.8 % slower than
-// the fastest of the timed configurations of named shapes by geometric mean and 7 % at worst, 0.9
-// and 10 % on those 96 (0.7 and 3.5 % on the third that was not fitted to), 2.3 and 13 % on the
-// 250, 0.9 and 13 % on the 55 for the widths; on an H100 1.0 and 7 %, by sweeps of older kernels.
-// benchmarks/results has the sweeps.
+// on an H200 (180), and on an H200 45 others of 512 to 32768 rows, two thirds of 96 of up to 256,
+// three quarters of 250 drawn at random, and those for the widths 144 and 176. They are what makes
+// the choices right, not measurements: a clock that no GPU has, for one. On an H200, what is
+// selected is 0.9 % slower than the fastest of the timed configurations of named shapes by
+// geometric mean and 9 % at worst, 0.6 and 6 % on those 45, 0.8 and 15 % on the 96, 1.8 and 29 % on
+// the 250, 0.5 and 13 % on the 55 for the widths; on an H100 0.9 and 7 %, by sweeps of older
+// kernels. benchmarks/results has the sweeps.
 struct CostModel {
-  double clock_ghz = 2.24;                // while multiplying FP8
+  double clock_ghz = 2.43;                // while multiplying FP8
   double hbm_share = 0.95;                // of the peak, streaming weights
-  double l2_bytes_per_us = 9.03e6;        // TMA loads that hit L2, all SMs together
-  double in_step = 3.16;                  // more of it in the first three rounds
-  double sm_bytes_per_cycle = 55.3;       // what one SM takes in through TMA
-  double min_k_block_cycles = 273;        // the least, however small the tile
-  double paired_k_block_cycles = 103;     // more of it with two math warpgroups
-  double gap_cycles = 189;                // between a wgmma and its warpgroup's next one
-  double launch_us = 0.835;               // launch, and what else every kernel takes
-  double second_warpgroup_us = 0.37;      // more of it with two math warpgroups
+  double l2_bytes_per_us = 8.82e6;        // TMA loads that hit L2, all SMs together
+  double in_step = 2.57;                  // of it, more while CTAs are in step
+  double drift_k_blocks = 76.7;           // k-blocks of a CTA after which half of that is gone
+  double sm_bytes_per_cycle = 60.9;       // what one SM takes in through TMA
+  double min_k_block_cycles = 257;        // of the narrowest tile
+  double column_k_block_cycles = 1.27;    // more of it, per column of a warpgroup's waves
+  double paired_k_block_cycles = 112;     // more of it with two math warpgroups
+  double gap_cycles = 109;                // between wgmmas, while the other warpgroup's run
+  double chain_cycles = 77.7;             // between a wgmma and its warpgroup's next one
+  double launch_us = 0.822;               // launch, and what else every kernel takes
+  double second_warpgroup_us = 0.369;     // more of it with two math warpgroups
   double multicast_us = 2.39;             // more of it in a cluster
-  double split_k_us = 0.0571;             // more of it, beside the exchange of partial sums
-  double exchange_bytes_per_us = 1.39e4;  // of one CTA's partial sums
-  double column_cycles = 3.88;            // per column of a wave: convert, stage, store
-  double box_cycles = 161;                // per box of a wave: narrow boxes are many stores
-  double paired_epilogue = 1.13;          // two warpgroups that store: of one's epilogue
-  double first_stage = 2.02;              // of a stage's time to arrive, before all else
-  double last_epilogue = 3.19;            // of one warpgroup's epilogue, after all else
-  double split_rows = 0.114;              // of all that is not fixed, per halving of k where there
+  double exchange_bytes_per_us = 1.26e4;  // of one CTA's partial sums
+  double column_cycles = 3.94;            // per column of a wave: convert, stage, store
+  double box_cycles = 158;                // per box of a wave: narrow boxes are many stores
+  double paired_epilogue = 1.33;          // two warpgroups that store: of one's epilogue
+  double first_stage = 1.21;              // of a stage's time to arrive, before all else
+  double last_epilogue = 3.47;            // of one warpgroup's epilogue, after all else
+  double split_rows = 0.0973;             // of all that is not fixed, per halving of k where there
                                           // are more rows of tiles than one
-  double exposed_minor = 0.227;           // of the shorter of computing and memory time
-  double energy = 0.106;                  // of the tensor cores' work: work costs clock
-  double stored_share = 0.0245;           // of D's bytes that compete with loads
-  double tile_us = 0.148;                 // without loads, per tile but the first
-  double zero_row_cycles = 2.59;          // TMA's, for a row of B past n, which it fills with zeros
+  double exposed_minor = 0.228;           // of the shorter of computing and memory time
+  double energy = 0.321;                  // of the tensor cores' work: work costs clock
+  double stored_share = 0.263;            // of D's bytes that compete with loads
+  double tile_us = 0.115;                 // without loads, per tile but the first
+  double zero_row_cycles = 4.31;          // TMA's, for a row of B past n, which it fills with zeros
   // Bytes of weights in flight, in microseconds of the memory's rate: fewer do not cover its
   // latency; more queue up, and some CTAs finish late.
-  double shallow_us = 1.42;
-  double shallow_cost = 0.515;  // per factor of bytes that are missing
-  double deep_us = 2.4;
-  double deep_cost = 0.146;     // per factor of bytes that are too many
-  double stage_in_use = 0.467;  // stages that are full but not free, beside one where a wave queues
+  double shallow_us = 1.35;
+  double shallow_cost = 0.675;  // per factor of bytes that are missing
+  double deep_us = 2.54;
+  double deep_cost = 0.149;     // per factor of bytes that are too many
+  double stage_in_use = 0.262;  // stages that are full but not free, beside one where a wave queues
 };
 
 // The constants by name, for who fits them.
@@ -61,14 +63,16 @@ inline constexpr CostConstant kCostConstants[] = {
     {"hbm_share", &CostModel::hbm_share},
     {"l2_bytes_per_us", &CostModel::l2_bytes_per_us},
     {"in_step", &CostModel::in_step},
+    {"drift_k_blocks", &CostModel::drift_k_blocks},
     {"sm_bytes_per_cycle", &CostModel::sm_bytes_per_cycle},
     {"min_k_block_cycles", &CostModel::min_k_block_cycles},
+    {"column_k_block_cycles", &CostModel::column_k_block_cycles},
     {"paired_k_block_cycles", &CostModel::paired_k_block_cycles},
     {"gap_cycles", &CostModel::gap_cycles},
+    {"chain_cycles", &CostModel::chain_cycles},
     {"launch_us", &CostModel::launch_us},
     {"second_warpgroup_us", &CostModel::second_warpgroup_us},
     {"multicast_us", &CostModel::multicast_us},
-    {"split_k_us", &CostModel::split_k_us},
     {"exchange_bytes_per_us", &CostModel::exchange_bytes_per_us},
     {"column_cycles", &CostModel::column_cycles},
     {"box_cycles", &CostModel::box_cycles},
@@ -100,7 +104,7 @@ struct Tiling {
 
   Tiling(const GemmProblem& problem, const GemmConfig& config);
 
-  // Bytes of B in one stage of all CTAs at work; CTAs of one column of tiles have the same.
+  // Bytes of B in one stage of all CTAs at work; those of one column of a swath have the same.
   double stage_bytes(const GemmConfig& config) const;
 };
 

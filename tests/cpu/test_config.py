@@ -490,8 +490,31 @@ def test_widths_between_even_out_rounds() -> None:
 
 
 def test_128x256_is_preferred_to_its_transpose() -> None:
-    selected = select_config(4096, 4096, 7168, num_sms=132)
-    assert (selected.block_m, selected.block_n, selected.cluster_m) == (128, 256, 2)
+    for rows, sharing in ((4096, 1), (16384, 2)):  # B: where CTAs have time to drift apart
+        selected = select_config(rows, 4096, 7168, num_sms=132)
+        assert (selected.block_m, selected.block_n, selected.cluster_m) == (128, 256, sharing)
+
+
+def swath_rows(m: int, n: int, k: int, config: tuple[int, ...], **grouping: Any) -> int:
+    """The height of swaths that selection gives these tiles."""
+    for candidate in _native.candidates(check_problem("test", m, n, k, 132, **grouping)):
+        if (*candidate[:2], *candidate[4:7]) == config:
+            return int(candidate[-1])
+    raise AssertionError("no candidate")
+
+
+def test_swaths() -> None:
+    plain, shared = (128, 256, 1, 1, 1), (128, 256, 2, 1, 1)
+    # 32 CTAs, or all clusters, make a square: 8 x 4 tiles of 128 x 256, 8 x 8 of 256 x 256.
+    assert swath_rows(4096, 7168, 7168, plain) == swath_rows(4096, 7168, 7168, shared) == 8
+    # 18 rows of tiles make three even swaths.
+    assert swath_rows(18 * 128, 7168, 16384, plain) == 6
+    # A of all rows stays in L2.
+    assert swath_rows(4096, 7168, 2048, plain) == 32
+    # Whole groups, of 2 rows of tiles.
+    masked = {"op": "masked", "num_groups": 4, "expected_m": 200}
+    assert swath_rows(1024, 3072, 5120, (128, 96, 1, 1, 1), **masked) == 4
+    assert swath_rows(1024, 3072, 5120, (128, 160, 1, 1, 1), **masked) == 6
 
 
 def test_a_wave_that_queues_has_a_stage_more() -> None:

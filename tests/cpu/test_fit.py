@@ -15,7 +15,7 @@ from jax_deepgemm.ffi import _native
 
 SELECTION = {"num_sms": 132, "memory_gbs": 3352}
 # Far enough from the model's own for other choices.
-OTHER = {"min_k_block_cycles": 500.0, "split_k_us": 3.0, "launch_us": 2.5, "hbm_share": 0.7}
+OTHER = {"min_k_block_cycles": 500.0, "multicast_us": 9.0, "launch_us": 2.5, "hbm_share": 0.7}
 SHAPES = NAMED_SHAPES["decode"][::4]
 
 
@@ -59,6 +59,19 @@ def test_only_candidates_are_chosen(document: dict[str, Any]) -> None:
     assert sweep.regret(OTHER) > 1  # than the fastest, whether it can be chosen or not
     alone = row | {"sweep": {config_text(lone): 1.0}}
     assert fit.read_sweeps(document | {"rows": [alone]}) == []
+
+
+def test_swaths_of_other_heights_count_as_todays(document: dict[str, Any]) -> None:
+    row = document["rows"][0]
+    *fields, height = _native.candidates(check_problem("test", **SHAPES[0].selection, **SELECTION))[
+        0
+    ]
+    texts = [config_text(GemmConfig(*fields, other * height)) for other in (4, 2, 3)]
+    swept = row | {"sweep": dict(zip(texts, (1.0, 2.0, 3.0), strict=True))}
+    (sweep,) = fit.read_sweeps(document | {"rows": [swept]})
+    assert sweep.configs == [(*fields, height)]
+    assert sweep.times_us.tolist() == [2.0]  # of the closest height
+    assert sweep.candidates.all()
 
 
 def test_fit_finds_better_constants(
