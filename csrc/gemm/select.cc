@@ -42,22 +42,26 @@ int Stages(const GemmProblem& problem, const GemmConfig& config) {
 // GPC's ask for is delivered once (scheduler.cuh). Where k is short, a taller swath's rows of A
 // stay in L2 from one column of tiles to the next, and B is read less often.
 //
-// Swaths are of about one height, and those that span groups are of whole ones: tiles of one group
-// share B.
+// Swaths are of about one height. Those that span groups, whose tiles share nothing, are of whole
+// ones, and as tall as makes all CTAs in flight a square: masked products with k = 2048 took 1 to
+// 3 % longer with less.
 int RasterRows(const GemmProblem& problem, const GemmConfig& config) {
   const double rows = config.block_m * config.cluster_m;
   const double columns = config.block_n * config.cluster_n;
-  const double together =
-      config.cluster_size() > 1 ? std::max(1, problem.num_sms / config.cluster_size()) : kNearCtas;
-  const double square = std::round(std::sqrt(together * columns / rows));
+  const auto square = [&](double clusters) {
+    return std::round(std::sqrt(clusters * columns / rows));
+  };
+  const double clusters = std::max(1, problem.num_sms / config.cluster_size());
+  const double near = config.cluster_size() > 1 ? clusters : kNearCtas;
   const double kept = std::max(1.0, std::floor(kSwathBytes / (rows * problem.k)));
   const double group_rows = Tiling(problem, config).group_rows;
   const auto even = [&](double most) {
     return std::ceil(group_rows / std::ceil(group_rows / most));
   };
-  const double best = std::clamp<double>(std::max(square, even(kept)), 1, kMaxGroupedRasterRows);
-  return static_cast<int>(best < group_rows ? even(best)
-                                            : std::floor(best / group_rows) * group_rows);
+  const double best = std::min<double>(std::max(square(near), even(kept)), kMaxGroupedRasterRows);
+  if (best < group_rows) return static_cast<int>(even(best));
+  const double all = std::min<double>(std::max(best, square(clusters)), kMaxGroupedRasterRows);
+  return static_cast<int>(std::floor(all / group_rows) * group_rows);
 }
 
 // Whether the width is worth a look. Tiles that begin inside a block of 128 columns in steps of 16
