@@ -367,14 +367,17 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     params.m = static_cast<int>(problem.m);
     params.sfa_pitch = static_cast<int>(sfa_pitch);
     params.num_groups = static_cast<int>(problem.num_groups);
-    const TensorMapSpecs specs = MakeTensorMapSpecs(problem, plan.config);
-    params.part_rows = specs.a_part.box_rows;
+    const TensorMapSpecs specs =
+        MakeTensorMapSpecs(problem, plan.config, HasParts(problem, plan.config));
+    params.part_rows = specs.part_rows;
     const jit::Driver& driver = state->driver;
-    CUtensorMap map_a = Encode(driver, specs.a, a.untyped_data());
-    CUtensorMap map_a_part = Encode(driver, specs.a_part, a.untyped_data());
+    CUtensorMap maps_a[2];  // the kernel takes one or both
+    for (size_t i = 0; i < specs.a.size(); ++i) {
+      maps_a[i] = Encode(driver, specs.a[i], a.untyped_data());
+    }
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());
     CUtensorMap map_d = Encode(driver, specs.d, d->untyped_data());
-    void* arguments[] = {&map_a, &map_a_part, &map_b, &map_d, &params};
+    void* arguments[] = {maps_a, &map_b, &map_d, &params};
     plan.kernel->Launch(stream, GridSize(problem, plan.config), arguments);
   });
 }

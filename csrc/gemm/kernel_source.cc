@@ -3,6 +3,8 @@
 #include <sstream>
 #include <string>
 
+#include "csrc/gemm/tensor_maps.h"
+
 namespace dg {
 namespace {
 
@@ -38,6 +40,7 @@ std::string KernelName(const GemmProblem& problem, const GemmConfig& config) {
     name << "_" << Fp8Name(problem.a_type) << "x" << Fp8Name(problem.b_type);
   }
   if (problem.batch_invariant) name << "_invariant";
+  if (problem.grouping == Grouping::kDense && HasParts(problem, config)) name << "_parts";
   name << "_n" << problem.n << "_k" << problem.k << "_" << config.block_m << "x" << config.block_n
        << "_s" << config.num_stages << "_w" << config.math_warpgroups << "_c" << config.cluster_m
        << "x" << config.cluster_n << "x" << config.cluster_k << "_r" << config.raster_m;
@@ -63,6 +66,7 @@ std::string KernelText(const GemmProblem& problem, const GemmConfig& config,
   constant("kClusterK", config.cluster_k);
   constant("kRasterM", config.raster_m);
   constant("kRotatesK", problem.grouping == Grouping::kDense && !problem.batch_invariant);
+  constant("kHasParts", HasParts(problem, config));
   constant("kArrivalsPerWarp", switches.every_thread_arrives ? 32 : 1);
   constant("kStreamsOnly", switches.streams_only);
   text << "}  // namespace dg::config\n\n"

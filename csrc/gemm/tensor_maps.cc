@@ -27,7 +27,22 @@ int PartRows(const GemmProblem& problem, const GemmConfig& config) {
 
 }  // namespace
 
-TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config) {
+bool HasParts(const GemmProblem& problem, const GemmConfig& config) {
+  if (config.cluster_n > 1) return false;
+  switch (problem.grouping) {
+    case Grouping::kDense:
+      return problem.m > config.block_m && problem.m % config.block_m != 0;
+    case Grouping::kContiguous:
+      return config.block_m > kContiguousAlignment;
+    case Grouping::kMasked:
+    case Grouping::kRagged:
+      return true;
+  }
+  return true;
+}
+
+TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config,
+                                  bool has_parts) {
   const int64_t m = problem.m, n = problem.n, k = problem.k;
   const SmemLayout smem = config.smem();
   // With multicast each CTA loads its share of the rows for the whole cluster.
@@ -36,9 +51,10 @@ TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& 
   // The narrowest D box is 8 columns = 16 bytes, which needs no swizzle.
   const int d_bytes = smem.store_cols() * 2;
   TensorMapSpecs specs;
-  specs.a = {1, k, m, k, kBlockK, a_rows, kBlockK};
-  specs.a_part = specs.a;
-  specs.a_part.box_rows = PartRows(problem, config);
+  specs.part_rows = PartRows(problem, config);
+  const auto a = [&](int rows) { return TensorMapSpec{1, k, m, k, kBlockK, rows, kBlockK}; };
+  if (has_parts || config.cluster_n > 1) specs.a.push_back(a(a_rows));
+  if (has_parts || config.cluster_n == 1) specs.a.push_back(a(specs.part_rows));
   // A tile that passes the end of its group's columns reads the next group's rows of B; no one sees
   // what comes of them, because D has no such columns.
   specs.b = {1, k, problem.num_groups * n, k, kBlockK, b_rows, kBlockK};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "csrc/gemm/config.h"
 
@@ -20,13 +21,21 @@ struct TensorMapSpec {
 };
 
 struct TensorMapSpecs {
-  TensorMapSpec a;       // [m, k] fp8, by whole tiles or a CTA's share of one
-  TensorMapSpec a_part;  // the same, by parts of tiles that do not have all their rows
-  TensorMapSpec b;       // [num_groups * n, k] fp8
-  TensorMapSpec d;       // [m, n] bf16
+  // [m, k] fp8, by whole tiles or a CTA's share of one, and by parts of tiles that do not have all
+  // their rows. Kernels that know no parts have one of the two, whose box all tiles are.
+  std::vector<TensorMapSpec> a;
+  TensorMapSpec b;  // [num_groups * n, k] fp8
+  TensorMapSpec d;  // [m, n] bf16
+  int part_rows;    // of KernelParams
 };
 
-// The maps of a launch with m >= 1 rows.
-TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config);
+// Whether some tiles may have fewer rows than others: kernels are made for either case, because a
+// tensor map more and the choice between them is 1 to 3 % of decode.
+bool HasParts(const GemmProblem& problem, const GemmConfig& config);
+
+// The maps of a launch with m >= 1 rows. `has_parts`: the kernel is made for parts, as it must be
+// where HasParts.
+TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config,
+                                  bool has_parts);
 
 }  // namespace dg

@@ -38,7 +38,8 @@
 //
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
 // kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM, kRotatesK,
-// kArrivalsPerWarp, kStreamsOnly. m and the groups are run-time values: one kernel serves them all.
+// kHasParts, kArrivalsPerWarp, kStreamsOnly. m and the groups are run-time values: one kernel
+// serves them all.
 #pragma once
 
 // clang-format off: each file uses the ones before it.
@@ -77,6 +78,7 @@ constexpr int kBeginThreads = 3 * 32;  // both warps that make barriers, and the
 static_assert(config::kN % 8 == 0, "rows of D must be multiples of 16 bytes for TMA");
 static_assert((config::kBlockM & (config::kBlockM - 1)) == 0,
               "halves and quarters of a tile are parts of it");
+static_assert(!config::kHasParts || config::kClusterN == 1, "shares of A are of whole tiles");
 static_assert(config::kK % 16 == 0, "rows of A and B must be multiples of 16 bytes for TMA");
 static_assert(config::kBlockM % (kWgmmaM * (kLayout.splits_rows() ? config::kMathWarpgroups : 1)) ==
                   0,
@@ -108,10 +110,10 @@ __device__ __forceinline__ void wait_for_barriers(int begin) {
   }
 }
 
-struct OperandMaps {
-  const TensorMap& a;  // by whole tiles, or with multicast by a CTA's share of one
-  const TensorMap& a_part;
-  const TensorMap& b;
+// A by whole tiles, or with multicast by a CTA's share of one; and by parts of tiles, for kernels
+// that know them.
+struct MapsOfA {
+  TensorMap map[config::kHasParts ? 2 : 1];
 };
 
 // Which of a tile's rows of A are copied, and by which boxes: one of the whole tile or, where rows
@@ -120,9 +122,9 @@ struct OperandMaps {
 class PartOfA {
  public:
   __device__ PartOfA(const KernelParams& params, int tile_rows) {
-    if constexpr (config::kClusterN > 1) {
+    if constexpr (!config::kHasParts) {
+      rows_ = config::kClusterN > 1 ? config::kBlockM : params.part_rows;
       is_whole_ = true;
-      rows_ = config::kBlockM;
     } else if constexpr (kGrouping == Grouping::kDense) {
       // The last row of tiles has part_rows; one behind it, of a cluster, has none, and stays what
       // it is by copying as many zeros.
@@ -134,10 +136,12 @@ class PartOfA {
       rows_ = min(config::kBlockM, (max(tile_rows, 1) + last) & ~last);
       is_whole_ = rows_ == config::kBlockM;
     }
-    box_rows_ = is_whole_ ? config::kBlockM : params.part_rows;
+    box_rows_ = is_whole_ ? rows_ : params.part_rows;
   }
 
-  __device__ bool is_whole() const { return is_whole_; }
+  __device__ const TensorMap& map(const MapsOfA& maps) const {
+    return maps.map[config::kHasParts && !is_whole_ ? 1 : 0];
+  }
   __device__ int rows() const { return rows_; }
   __device__ int box_rows() const { return box_rows_; }
 
@@ -182,13 +186,14 @@ class OperandLoader {
 // the tensor cores wait: as little as can be stands between the wait and the copies. NOTE: with a
 // __syncwarp in front of the loop, ptxas takes the lanes for diverged and moves every address to a
 // uniform register where it is used.
-__device__ __forceinline__ void load_operands(const Smem& smem, const OperandMaps& maps,
-                                              const KernelParams& params, const KRange& range,
-                                              const Tile& tile, RingPosition ring, bool is_first) {
+__device__ __forceinline__ void load_operands(const Smem& smem, const MapsOfA& maps_a,
+                                              const TensorMap& map_b, const KernelParams& params,
+                                              const KRange& range, const Tile& tile,
+                                              RingPosition ring, bool is_first) {
   const PartOfA part(params, tile.rows);
-  const TensorMap& map_a = part.is_whole() ? maps.a : maps.a_part;
+  const TensorMap& map_a = part.map(maps_a);
   const OperandLoader<config::kClusterN, config::kBlockM> a(map_a, smem.a(0), tile.m);
-  const OperandLoader<config::kClusterM, config::kBlockN> b(maps.b, smem.b(0),
+  const OperandLoader<config::kClusterM, config::kBlockN> b(map_b, smem.b(0),
                                                             tile.group * config::kN + tile.n);
   const int bytes = part.rows() * kBlockK + kLayout.b_bytes();  // of a stage
   int k_block = range.first(tile, params.m);
@@ -205,7 +210,7 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const OperandMap
       mbarrier_arrive_expect_tx(full, bytes);
       b.load(stage, full, k);
       a.load(stage, full, k);
-      if constexpr (config::kClusterN == 1 && kGrouping != Grouping::kDense) {
+      if constexpr (config::kHasParts && kGrouping != Grouping::kDense) {
         // Seldom more than one. The first is not in the loop: TMA reads the registers that a loop
         // steps long after it is issued.
 #pragma unroll 1
@@ -349,7 +354,8 @@ __device__ __forceinline__ void pass_stage(const Smem& smem, const RingPosition&
   for (int i = 0; i < arrivals; ++i) mbarrier_arrive(smem.full(stage));
 }
 
-__device__ __forceinline__ void produce_operands(const Smem& smem, const OperandMaps& maps,
+__device__ __forceinline__ void produce_operands(const Smem& smem, const MapsOfA& maps_a,
+                                                 const TensorMap& map_b,
                                                  const KernelParams& params) {
   Scheduler scheduler(params);
   const KRange range;
@@ -360,7 +366,7 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const Operand
     st_shared_v4_s32_elect(smem.tile(slot.next()), make_int4(tile.m, tile.n, tile.rows, tile.kind));
     const bool loads = tile.kind >= kMultiply;
     if (loads) {
-      load_operands(smem, maps, params, range, tile, ring, is_first);
+      load_operands(smem, maps_a, map_b, params, range, tile, ring, is_first);
     } else {
       if (is_first) wait_for_barriers(kOperandsBegin);
       if (elect_sync()) pass_stage(smem, ring, 1);
@@ -514,8 +520,7 @@ __device__ __forceinline__ void join_cluster() {
 }  // namespace dg
 
 extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
-    DG_KERNEL_NAME(const __grid_constant__ dg::TensorMap map_a,
-                   const __grid_constant__ dg::TensorMap map_a_part,
+    DG_KERNEL_NAME(const __grid_constant__ dg::MapsOfA maps_a,
                    const __grid_constant__ dg::TensorMap map_b,
                    const __grid_constant__ dg::TensorMap map_d,
                    const __grid_constant__ dg::KernelParams params) {
@@ -538,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
   if (warp >= kFirstMathWarp) {
     if (warp == kFirstMathWarp && elect_sync()) {
       prefetch_tensormap(map_b);
-      prefetch_tensormap(map_a);
+      prefetch_tensormap(maps_a.map[0]);
     }
     __syncwarp();
     join_cluster();
@@ -560,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     produce_scales(smem, params);
   } else {
     join_cluster();
-    produce_operands(smem, {map_a, map_a_part, map_b}, params);
+    produce_operands(smem, maps_a, map_b, params);
   }
 
   // Peers that multicast still send arrivals here: no one leaves before all are done. Split-k needs

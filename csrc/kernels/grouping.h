@@ -30,7 +30,7 @@ struct KernelParams {
   const int* detail;  // contiguous: m_indices[m]; ragged: group_offset[1]
   int m;              // rows of A and D, of all groups together
   int sfa_pitch;      // m, or m rounded up to a multiple of 4
-  int part_rows;      // rows of map_a_part's box (OperandMaps in gemm.cuh)
+  int part_rows;      // of A, in a box of a part of a tile, or of every tile (MapsOfA in gemm.cuh)
   int num_groups;     // matrices in B
   int num_sizes;      // ragged: entries of group_sizes, of which B may hold a slice
   int max_m;          // masked: rows per group

@@ -35,6 +35,7 @@ class Kernel(NamedTuple):
     k: int
     config: GemmConfig
     batch_invariant: int
+    has_parts: int
     arrivals_per_warp: int  # 32 as racecheck wants them
     streams_only: int
 
@@ -45,13 +46,18 @@ def kernel(
     k: int,
     *config: int,
     batch_invariant: int = 0,
+    has_parts: int | None = None,
     arrivals_per_warp: int = 1,
     streams_only: int = 0,
     **fields: int,
 ) -> Kernel:
     """A kernel whose configuration is given by its first fields and the others' names."""
     whole = GemmConfig(*config, **{"raster_m": 2, **fields})
-    return Kernel(grouping, n, k, whole, batch_invariant, arrivals_per_warp, streams_only)
+    if has_parts is None:
+        has_parts = whole.cluster_n == 1 and (grouping != CONTIGUOUS or whole.block_m > 128)
+    return Kernel(
+        grouping, n, k, whole, batch_invariant, int(has_parts), arrivals_per_warp, streams_only
+    )
 
 
 class Fault(NamedTuple):
@@ -66,6 +72,7 @@ class Fault(NamedTuple):
 # cluster, and each grouping with the epilogue that goes with it; few stages, so that they wrap.
 KERNELS = {
     "64x64": kernel(DENSE, 136, 304, 64, 64, 4, 1, raster_m=8),
+    "64x64, no parts": kernel(DENSE, 136, 304, 64, 64, 4, 1, has_parts=0),
     "64x64, two stages": kernel(DENSE, 136, 1296, 64, 64, 2, 1),
     "64x48, two warpgroups": kernel(DENSE, 104, 656, 64, 48, 3, raster_m=1),
     "128x72": kernel(DENSE, 392, 144, 128, 72, 3, batch_invariant=1),

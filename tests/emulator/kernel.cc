@@ -4,11 +4,15 @@
 
 #include "tests/emulator/kernel.h"
 
+#include <algorithm>
+#include <iterator>
+
 namespace dg::config {
 constexpr int kGrouping = GROUPING, kN = N, kK = K, kBlockM = BLOCK_M, kBlockN = BLOCK_N,
               kNumStages = NUM_STAGES, kMathWarpgroups = MATH_WARPGROUPS, kClusterM = CLUSTER_M,
               kClusterN = CLUSTER_N, kClusterK = CLUSTER_K, kRasterM = RASTER_M,
               kArrivalsPerWarp = ARRIVALS_PER_WARP;
+constexpr bool kHasParts = HAS_PARTS;
 constexpr bool kStreamsOnly = STREAMS_ONLY;
 constexpr bool kRotatesK = GROUPING == 0 && !BATCH_INVARIANT;
 }  // namespace dg::config
@@ -31,14 +35,17 @@ const Kernel kKernel = {
     CLUSTER_K,
     RASTER_M,
     BATCH_INVARIANT,
+    HAS_PARTS,
     STREAMS_ONLY,
     dg::kThreads,
     dg::kLayout.total_bytes(),
 };
 
-void RunThread(const dg::TensorMap& a, const dg::TensorMap& a_part, const dg::TensorMap& b,
-               const dg::TensorMap& d, const dg::KernelParams& params) {
-  gemm_kernel(a, a_part, b, d, params);
+void RunThread(const dg::TensorMap* a, const dg::TensorMap& b, const dg::TensorMap& d,
+               const dg::KernelParams& params) {
+  dg::MapsOfA maps;
+  std::copy_n(a, std::size(maps.map), maps.map);
+  gemm_kernel(maps, b, d, params);
 }
 
 }  // namespace emulator

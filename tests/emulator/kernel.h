@@ -21,6 +21,7 @@ struct Kernel {
   int cluster_k;
   int raster_m;
   bool batch_invariant;
+  bool has_parts;
   bool streams_only;
   // As the device code counts them.
   int threads;
@@ -29,8 +30,8 @@ struct Kernel {
 
 extern const Kernel kKernel;
 
-// One thread's way through it.
-void RunThread(const dg::TensorMap& a, const dg::TensorMap& a_part, const dg::TensorMap& b,
-               const dg::TensorMap& d, const dg::KernelParams& params);
+// One thread's way through it; `a`: as many as it takes.
+void RunThread(const dg::TensorMap* a, const dg::TensorMap& b, const dg::TensorMap& d,
+               const dg::KernelParams& params);
 
 }  // namespace emulator

@@ -213,9 +213,9 @@ void Step() {
 
 void RunCurrent() {
   dg::TensorMap maps[4];
-  const TensorMap* const modelled[] = {&launch->a, &launch->a_part, &launch->b, &launch->d};
+  const TensorMap* const modelled[] = {&launch->a[0], &launch->a[1], &launch->b, &launch->d};
   for (int i = 0; i < 4; ++i) std::memcpy(maps[i].bytes, &modelled[i], sizeof modelled[i]);
-  RunThread(maps[0], maps[1], maps[2], maps[3], launch->params);
+  RunThread(maps, maps[2], maps[3], launch->params);
   CHECK(current->wgmmas.empty() && current->groups.empty(), "a wgmma outlives its thread");
   CHECK(current->stores == 0, "a store outlives its thread");
   current->done = true;

@@ -62,8 +62,7 @@ struct Timing {
 };
 
 struct Launch {
-  TensorMap a;
-  TensorMap a_part;
+  TensorMap a[2];
   TensorMap b;
   TensorMap d;
   dg::KernelParams params;

@@ -89,6 +89,9 @@ struct Rows {
 Rows Dense(std::mt19937_64& rng, int max_m, int number) {
   Rows rows;
   rows.m = number < kFewRows ? number + 1 : 1 + Random(rng, max_m);
+  if (!kKernel.has_parts && kKernel.cluster_n == 1 && rows.m > kKernel.block_m) {
+    rows.m -= rows.m % kKernel.block_m;
+  }
   rows.group.assign(rows.m, 0);
   return rows;
 }
@@ -241,6 +244,7 @@ void RunProblem(int number, int max_m) {
   problem = description.c_str();
   std::string illegal = dg::WhyUnsupported(gemm);
   if (illegal.empty()) illegal = dg::WhyIllegal(gemm, config);
+  if (illegal.empty() && !kKernel.has_parts && dg::HasParts(gemm, config)) illegal = "parts";
   if (!illegal.empty()) Fail("%s", illegal.c_str());
   if (config.smem().total_bytes() != kKernel.smem_bytes || config.threads() != kKernel.threads) {
     Fail("host and device do not agree on the launch");
@@ -263,10 +267,9 @@ void RunProblem(int number, int max_m) {
   std::copy(rows.groups.begin(), rows.groups.end(), groups.data());
   std::copy(rows.detail.begin(), rows.detail.end(), detail.data());
 
-  const dg::TensorMapSpecs maps = dg::MakeTensorMapSpecs(gemm, config);
+  const dg::TensorMapSpecs maps = dg::MakeTensorMapSpecs(gemm, config, kKernel.has_parts);
   Launch launch = {};
-  launch.a = Model(maps.a, a.data());
-  launch.a_part = Model(maps.a_part, a.data());
+  for (size_t i = 0; i < maps.a.size(); ++i) launch.a[i] = Model(maps.a[i], a.data());
   launch.b = Model(maps.b, b.data());
   launch.d = Model(maps.d, d.data());
   launch.params.sfa = sfa.data();
@@ -276,7 +279,7 @@ void RunProblem(int number, int max_m) {
   launch.params.detail = detail.data();
   launch.params.m = rows.m;
   launch.params.sfa_pitch = static_cast<int>(pitch);
-  launch.params.part_rows = maps.a_part.box_rows;
+  launch.params.part_rows = maps.part_rows;
   launch.params.num_groups = rows.num_groups;
   launch.params.num_sizes = rows.num_sizes;
   launch.params.max_m = rows.max_m;
