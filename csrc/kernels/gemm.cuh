@@ -39,7 +39,7 @@
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
 // kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM, kRotatesK,
 // kHasParts, kArrivalsPerWarp, kStreamsOnly. m and the groups are run-time values: one kernel
-// serves them all.
+// serves them all, or all m whose last row of tiles is as tall as the others (kHasParts).
 #pragma once
 
 // clang-format off: each file uses the ones before it.
@@ -123,6 +123,7 @@ class PartOfA {
  public:
   __device__ PartOfA(const KernelParams& params, int tile_rows) {
     if constexpr (!config::kHasParts) {
+      // Every tile is as tall, or it has all rows there are.
       rows_ = config::kClusterN > 1 ? config::kBlockM : params.part_rows;
       is_whole_ = true;
     } else if constexpr (kGrouping == Grouping::kDense) {

@@ -11,11 +11,12 @@ from jax_deepgemm import GemmConfig
 from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS
 from jax_deepgemm.cli import tables
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, SHAPES_HELP, Shape, parse_count, parse_shapes
-from jax_deepgemm.ffi import KernelReport, compile_kernel
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import KernelReport, _native, compile_kernel
 
-# What a kernel is compiled for, apart from the SM count: op, n, k and the config, for any m and
-# number of groups.
-Kernel = tuple[str, int, int, GemmConfig]
+# What a kernel is compiled for, apart from the SM count: op, m, n, k and the config. It may serve
+# other m, and any number of groups (see `compile_kernel`).
+Kernel = tuple[str, int, int, int, GemmConfig]
 
 
 def add_shapes_argument(parser: argparse.ArgumentParser) -> None:
@@ -37,19 +38,15 @@ def given_shapes(args: argparse.Namespace) -> list[Shape]:
 
 def selected_kernels(shapes: Iterable[Shape], num_sms: int, memory_gbs: int) -> list[Kernel]:
     """Kernels that selection picks for the shapes, each once."""
-    return list(
-        dict.fromkeys(
-            (
-                shape.op,
-                shape.n,
-                shape.k,
-                jax_deepgemm.select_config(
-                    **shape.selection, num_sms=num_sms, memory_gbs=memory_gbs
-                ),
-            )
-            for shape in shapes
+    kernels: dict[str, Kernel] = {}
+    for shape in shapes:
+        config = jax_deepgemm.select_config(
+            **shape.selection, num_sms=num_sms, memory_gbs=memory_gbs
         )
-    )
+        problem = check_problem("selected_kernels", **shape.selection, num_sms=num_sms)
+        name = _native.kernel_name(problem, config.fields)
+        kernels.setdefault(name, (shape.op, shape.m, shape.n, shape.k, config))
+    return list(kernels.values())
 
 
 def compile_kernels(
@@ -72,8 +69,9 @@ def compile_kernels(
     ):
         task = bar.add_task("compiling kernels", total=len(kernels))
         futures = {
-            pool.submit(compile_kernel, n, k, config, op=op, num_sms=num_sms): (op, n, k, config)
-            for op, n, k, config in kernels
+            pool.submit(compile_kernel, n, k, config, m=m, op=op, num_sms=num_sms): kernel
+            for kernel in kernels
+            for op, m, n, k, config in [kernel]
         }
         for future in as_completed(futures):
             try:

@@ -76,8 +76,8 @@ def results_table(rows: Sequence[dict[str, Any]], lowering: str, time_heading: s
     return table
 
 
-def kernels_table(reports: Sequence[tuple[str, int, int, GemmConfig, KernelReport]]) -> Table:
-    """Resources of compiled kernels: (op, n, k, config, report) each."""
+def kernels_table(reports: Sequence[tuple[str, int, int, int, GemmConfig, KernelReport]]) -> Table:
+    """Resources of compiled kernels: (op, m, n, k, config, report) each."""
     table = Table(title="kernels for sm_90a")
     table.add_column("op")
     table.add_column("n", justify="right")
@@ -89,9 +89,9 @@ def kernels_table(reports: Sequence[tuple[str, int, int, GemmConfig, KernelRepor
     table.add_column("wgmma")
     table.add_column("seconds", justify="right")
     table.add_column("from")
-    for op, n, k, config, report in reports:
+    for op, _, n, k, config, report in reports:
         table.add_row(
-            op,
+            "dense, parts" if "_dense_parts_" in report.name else op,
             str(n),
             str(k),
             tile_text(config),

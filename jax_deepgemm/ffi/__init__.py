@@ -99,6 +99,7 @@ def compile_kernel(
     k: int,
     config: "GemmConfig",
     *,
+    m: int = 1,
     num_sms: int = H100_SMS,
     op: str = "dense",
     a_dtype: str = "float8_e4m3fn",
@@ -108,10 +109,12 @@ def compile_kernel(
     """Compiles a kernel for sm_90a through the JIT and its caches; needs no GPU.
 
     Args:
-        n: rows of one weight matrix; a compile-time constant of the kernel, as k is. One kernel
-            serves every m and every number of groups.
+        n: rows of one weight matrix; a compile-time constant of the kernel, as k is.
         k: columns of A and B.
         config: see `GemmConfig`.
+        m: rows of A. One kernel serves every m and every number of groups, but for dense
+            products whose m is more than `config.block_m` and no multiple of it, which have one of
+            their own.
         num_sms: SMs the kernel may use.
         op: the operation that runs the kernel: "dense", "contiguous", "masked" or "ragged".
         a_dtype: what A holds: "float8_e4m3fn" or "float8_e5m2".
@@ -132,7 +135,7 @@ def compile_kernel(
                 f"compile_kernel: {argument} must be {' or '.join(FP8_TYPES)}, got {dtype!r}"
             )
     problem = check_problem(
-        "compile_kernel", 1, n, k, num_sms, op=op, batch_invariant=batch_invariant
+        "compile_kernel", m, n, k, num_sms, op=op, batch_invariant=batch_invariant
     )._replace(a_type=FP8_TYPES.index(a_dtype), b_type=FP8_TYPES.index(b_dtype))
     check_config("compile_kernel", problem, config)
     text, headers = _native.kernel_source(problem, config.fields)

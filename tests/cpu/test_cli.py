@@ -300,13 +300,14 @@ class TestInfo:
 
 class TestCompile:
     def test_fills_the_cache(self, tmp_path: pathlib.Path) -> None:
-        # 64x256x384 and 60x256x384 may share a kernel; another k or operation cannot.
-        shapes = ("64x256x384,60x256x384", "64x256x512", "ragged:2x32x256x384")
+        # 64x256x384 and 60x256x384 may share a kernel; another k or operation cannot, nor 200
+        # rows, which are no multiple of a tile's.
+        shapes = ("64x256x384,60x256x384", "64x256x512,200x256x384", "ragged:2x32x256x384")
         arguments = ("compile", "--shapes", *shapes, "--jobs", "2")
         first = run_command(*arguments, DG_CACHE_DIR=str(tmp_path))
         assert first.returncode == 0, first.stdout + first.stderr
         files = list(tmp_path.rglob("*.cubin"))
-        assert len(files) >= 3 and first.stdout.count("compiled") == len(files)
+        assert len(files) >= 4 and first.stdout.count("compiled") == len(files)
         second = run_command(*arguments, DG_CACHE_DIR=str(tmp_path))
         assert second.stdout.count("disk") == len(files)
         assert "compiled" not in second.stdout.replace("compiling", "")
@@ -320,18 +321,20 @@ class TestCompile:
             assert (m, groups) == (320, {"op": "masked", "num_groups": 5, "expected_m": 64})
             return GemmConfig(64, memory_gbs, num_stages=num_sms)
 
-        def compile_kernel(n: int, k: int, config: GemmConfig, *, op: str, num_sms: int) -> None:
+        def compile_kernel(
+            n: int, k: int, config: GemmConfig, *, m: int, op: str, num_sms: int
+        ) -> None:
             raise RuntimeError(
-                f"{op} {n=} {k=} selected for {config.num_stages} and {config.block_n}, "
+                f"{op} {m=} {n=} {k=} selected for {config.num_stages} and {config.block_n}, "
                 f"compiled for {num_sms}"
             )
 
         monkeypatch.setattr(jax_deepgemm, "select_config", select)
         monkeypatch.setattr(precompile, "compile_kernel", compile_kernel)
         monkeypatch.setattr(tables, "console", tables.Console(width=140))
-        gpu = ["--num-sms", "78", "--memory-gbs", "4000"]
+        gpu = ["--num-sms", "5", "--memory-gbs", "192"]
         assert main(["compile", "--shapes", "masked:5x64x256x384", *gpu]) == 1
-        told = "masked n=256 k=384 selected for 78 and 4000, compiled for 78"
+        told = "masked m=320 n=256 k=384 selected for 5 and 192, compiled for 5"
         assert told in capsys.readouterr().out
 
     @pytest.mark.parametrize(

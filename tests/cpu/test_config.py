@@ -423,6 +423,22 @@ def test_what_is_legal_compiles(config: GemmConfig) -> None:
     assert report.smem_bytes == smem_bytes(config)
 
 
+@pytest.mark.parametrize("config", [GemmConfig(64, 64, 4, 1), GemmConfig(128, 128, 5, cluster_m=2)])
+def test_rows_that_fill_no_tile_have_a_kernel_of_their_own(config: GemmConfig) -> None:
+    full, part = (
+        [ffi.compile_kernel(776, 1040, config, m=m) for m in ms]
+        for ms in (
+            (1, config.block_m, 5 * config.block_m),
+            (config.block_m + 1, 5 * config.block_m - 1),
+        )
+    )
+    assert len({report.path for report in full}) == len({report.path for report in part}) == 1
+    assert part[0].name == full[0].name.replace("_dense_", "_dense_parts_")
+    for report in (full[0], part[0]):
+        assert (report.spill_bytes, report.stack_bytes) == (0, 0)
+        assert not report.wgmma_serialized
+
+
 WIDE = GemmConfig(128, 256, 3, cluster_m=2)
 
 

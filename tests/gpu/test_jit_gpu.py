@@ -27,8 +27,8 @@ from jax_deepgemm.config import check_problem
 from jax_deepgemm.ffi import _native
 from tests import numerics
 
-def kernel(n, k, config):
-    problem = check_problem("test", 1, n, k, num_sms=132)
+def kernel(m, n, k, config):
+    problem = check_problem("test", m, n, k, num_sms=132)
     text, headers = _native.kernel_source(problem, config.fields)
     name = _native.kernel_name(problem, config.fields)
     return hashlib.sha256(_native.jit_compile(name, name, text, headers)["image"]).hexdigest()
@@ -39,12 +39,12 @@ def multiply(operands, config):
 
 def run(m, n, k, *fields):
     config = GemmConfig(*fields)
-    source = ffi.compile_kernel(n, k, config).source
+    source = ffi.compile_kernel(n, k, config, m=m).source
     operands = numerics.dense_operands(m, n, k, seed=0)
     d = np.asarray(multiply(operands, config))
     print(json.dumps({
         "source": source,
-        "kernel": kernel(n, k, config),
+        "kernel": kernel(m, n, k, config),
         "error": numerics.worst_row_error(d, numerics.dense_oracle(operands)),
         "bits": hashlib.sha256(d.tobytes()).hexdigest(),
     }), flush=True)
