@@ -72,16 +72,16 @@ def read_sweeps(document: dict[str, Any]) -> list[Sweep]:
             # As selection has them today. Of swaths (the last field) the closest height counts: the
             # model cares little for it, but it has changed since some were timed.
             todays = {config[:-1]: config for config in map(tuple, _native.candidates(problem))}
-            closest: dict[tuple[int, ...], tuple[float, tuple[int, ...], float]] = {}
+            closest: dict[tuple[int, ...], tuple[float, float, tuple[int, ...]]] = {}
             for text, time in timed.items():
                 config = tuple(parse_config_text(text).fields)
                 today = todays.get(config[:-1], config)
-                entry = (abs(math.log(config[-1] / today[-1])), today, time)
+                entry = (abs(math.log(config[-1] / today[-1])), time, today)
                 closest[config[:-1]] = min(entry, closest.get(config[:-1], entry))
-            configs = [today for _, today, _ in closest.values()]
+            configs = [today for *_, today in closest.values()]
             candidates = np.array([config[:-1] in todays for config in configs])
             if candidates.any():
-                times = np.array([time for *_, time in closest.values()])
+                times = np.array([time for _, time, _ in closest.values()])
                 sweeps.append(Sweep(shape, problem, configs, times, candidates))
     return sweeps
 

@@ -59,9 +59,7 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double columns = smem.warpgroup_n();
   const double tensor = block_m * block_n / 32;
   const double promote = smem.overlaps_promotion() ? 0 : waves * columns / 2;
-  // Where wgmmas are small, the tensor cores wait for what a warpgroup does from one to its next.
-  const double own = waves * (2 * columns + model.chain_cycles) + promote;
-  const double math = std::max(tensor + (promote + waves * model.gap_cycles) / warpgroups, own);
+  const double math = tensor + (promote + waves * model.gap_cycles) / warpgroups;
   const double a_rows = std::min<double>(block_m, GroupRows(problem));
   const double fill = (a_rows + block_n) * kBlockK / model.sm_bytes_per_cycle;
   // CTAs that have not drifted apart ask for the same lines together, which L2 answers once.

@@ -13,21 +13,21 @@ namespace dg {
 // three quarters of 250 drawn at random, and those for the widths 144 and 176. They are what makes
 // the choices right, not measurements: a clock that no GPU has, for one. On an H200, what is
 // selected is 0.9 % slower than the fastest of the timed configurations of named shapes by
-// geometric mean and 9 % at worst, 0.6 and 6 % on those 45, 0.8 and 15 % on the 96, 1.8 and 29 % on
+// geometric mean and 9 % at worst, 0.7 and 6 % on those 45, 0.8 and 15 % on the 96, 1.8 and 29 % on
 // the 250, 0.5 and 13 % on the 55 for the widths; on an H100 0.9 and 7 %, by sweeps of older
-// kernels. benchmarks/results has the sweeps.
+// kernels. (Of several heights of swaths, the one closest to today's counts.) benchmarks/results
+// has the sweeps.
 struct CostModel {
   double clock_ghz = 2.43;                // while multiplying FP8
   double hbm_share = 0.95;                // of the peak, streaming weights
   double l2_bytes_per_us = 8.82e6;        // TMA loads that hit L2, all SMs together
-  double in_step = 2.57;                  // of it, more while CTAs are in step
+  double in_step = 2.57;                  // times as much more while CTAs are in step
   double drift_k_blocks = 76.7;           // k-blocks of a CTA after which half of that is gone
   double sm_bytes_per_cycle = 60.9;       // what one SM takes in through TMA
   double min_k_block_cycles = 257;        // of the narrowest tile
   double column_k_block_cycles = 1.27;    // more of it, per column of a warpgroup's waves
   double paired_k_block_cycles = 112;     // more of it with two math warpgroups
-  double gap_cycles = 109;                // between wgmmas, while the other warpgroup's run
-  double chain_cycles = 77.7;             // between a wgmma and its warpgroup's next one
+  double gap_cycles = 109;                // between a wgmma and its warpgroup's next one
   double launch_us = 0.822;               // launch, and what else every kernel takes
   double second_warpgroup_us = 0.369;     // more of it with two math warpgroups
   double multicast_us = 2.39;             // more of it in a cluster
@@ -69,7 +69,6 @@ inline constexpr CostConstant kCostConstants[] = {
     {"column_k_block_cycles", &CostModel::column_k_block_cycles},
     {"paired_k_block_cycles", &CostModel::paired_k_block_cycles},
     {"gap_cycles", &CostModel::gap_cycles},
-    {"chain_cycles", &CostModel::chain_cycles},
     {"launch_us", &CostModel::launch_us},
     {"second_warpgroup_us", &CostModel::second_warpgroup_us},
     {"multicast_us", &CostModel::multicast_us},

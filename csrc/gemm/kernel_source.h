@@ -20,8 +20,8 @@ struct KernelFile {
 const std::vector<KernelFile>& KernelFiles();
 
 // The kernel's name, also its symbol: what a profiler shows. For example
-// "dg_gemm_fp8_bf16_dense_n2112_k7168_64x64_s12_w1_c1x1x4_r8". Dense kernels for an m that is no
-// multiple of the tile's rows, and more, are "dense_parts".
+// "dg_gemm_fp8_bf16_dense_n2112_k7168_64x64_s12_w1_c1x1x4_r8". Dense kernels for an m that is more
+// than the tile's rows and no multiple of them are "dense_parts", unless A is shared.
 std::string KernelName(const GemmProblem& problem, const GemmConfig& config);
 
 // Kernels for who examines them.

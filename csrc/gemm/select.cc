@@ -61,6 +61,8 @@ int RasterRows(const GemmProblem& problem, const GemmConfig& config) {
   const double best = std::min<double>(std::max(square(near), even(kept)), kMaxGroupedRasterRows);
   if (best < group_rows) return static_cast<int>(even(best));
   const double all = std::min<double>(std::max(best, square(clusters)), kMaxGroupedRasterRows);
+  // One swath, whatever its height: one kernel for every such m.
+  if (problem.grouping == Grouping::kDense) return static_cast<int>(all);
   return static_cast<int>(std::floor(all / group_rows) * group_rows);
 }
 

@@ -29,8 +29,9 @@ struct TensorMapSpecs {
   int part_rows;    // of KernelParams
 };
 
-// Whether some tiles may have fewer rows than others: kernels are made for either case, because a
-// tensor map more and the choice between them is 1 to 3 % of decode.
+// Whether tiles may have fewer rows than others and are copied by parts then (never where A is
+// shared). Kernels are made for either case, because a tensor map more and the choice between them
+// is up to 3 % of decode.
 bool HasParts(const GemmProblem& problem, const GemmConfig& config);
 
 // The maps of a launch with m >= 1 rows. `has_parts`: the kernel is made for parts, as it must be

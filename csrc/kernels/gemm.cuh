@@ -39,7 +39,7 @@
 // Compile-time constants (namespace config, generated per kernel): kGrouping, kN, kK, kBlockM,
 // kBlockN, kNumStages, kMathWarpgroups, kClusterM, kClusterN, kClusterK, kRasterM, kRotatesK,
 // kHasParts, kArrivalsPerWarp, kStreamsOnly. m and the groups are run-time values: one kernel
-// serves them all, or all m whose last row of tiles is as tall as the others (kHasParts).
+// serves them all, but without kHasParts a dense one only m up to a tile's rows, or a multiple.
 #pragma once
 
 // clang-format off: each file uses the ones before it.
@@ -117,8 +117,8 @@ struct MapsOfA {
 };
 
 // Which of a tile's rows of A are copied, and by which boxes: one of the whole tile or, where rows
-// are missing, those of KernelParams::part_rows that hold one. What lies in shared memory where the
-// others would, makes rows of D that nobody stores.
+// are missing, boxes of KernelParams::part_rows rows that hold at least one of them. What lies in
+// shared memory where the others would, makes rows of D that nobody stores.
 class PartOfA {
  public:
   __device__ PartOfA(const KernelParams& params, int tile_rows) {
@@ -132,7 +132,7 @@ class PartOfA {
       is_whole_ = tile_rows >= config::kBlockM;
       rows_ = is_whole_ ? config::kBlockM : params.part_rows;
     } else {
-      // A power of two. One part at least, all of them are whole.
+      // A power of two. At least one part; all of them are the whole tile.
       const int last = params.part_rows - 1;
       rows_ = min(config::kBlockM, (max(tile_rows, 1) + last) & ~last);
       is_whole_ = rows_ == config::kBlockM;

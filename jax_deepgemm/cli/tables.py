@@ -91,7 +91,7 @@ def kernels_table(reports: Sequence[tuple[str, int, int, int, GemmConfig, Kernel
     table.add_column("from")
     for op, _, n, k, config, report in reports:
         table.add_row(
-            "dense, parts" if "_dense_parts_" in report.name else op,
+            "dense, parts" if op == "dense" and "_parts_n" in report.name else op,
             str(n),
             str(k),
             tile_text(config),

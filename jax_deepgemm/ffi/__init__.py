@@ -113,8 +113,8 @@ def compile_kernel(
         k: columns of A and B.
         config: see `GemmConfig`.
         m: rows of A. One kernel serves every m and every number of groups, but for dense
-            products whose m is more than `config.block_m` and no multiple of it, which have one of
-            their own.
+            products whose m is more than `config.block_m` and no multiple of it: these share
+            another one, unless `config.cluster_n` is 2.
         num_sms: SMs the kernel may use.
         op: the operation that runs the kernel: "dense", "contiguous", "masked" or "ragged".
         a_dtype: what A holds: "float8_e4m3fn" or "float8_e5m2".

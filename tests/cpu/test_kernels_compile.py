@@ -20,9 +20,14 @@ import pytest
 
 import jax_deepgemm
 from jax_deepgemm import ffi
-from jax_deepgemm.cli.shapes import NAMED_SHAPES
+from jax_deepgemm.cli.shapes import NAMED_SHAPES, Shape
 
-SHAPES = (*NAMED_SHAPES["seed"], *NAMED_SHAPES["ragged"])
+# Those and dense ones whose last row of tiles is lower than the others.
+SHAPES = (
+    *NAMED_SHAPES["seed"],
+    *NAMED_SHAPES["ragged"],
+    *(Shape.dense(m, 7168, 2048) for m in (72, 200, 1000)),
+)
 
 # H100 SXM and H200, H100 PCIe, H20.
 NUM_SMS = (132, 114, 78)
@@ -35,13 +40,14 @@ NUM_SAMPLED = 96
 
 
 class Kernel(NamedTuple):
-    """What a kernel is compiled for; m and the number of groups are not part of it."""
+    """What a kernel is compiled for; of m only whether dense tiles differ in height."""
 
     op: str
     n: int
     k: int
     config: jax_deepgemm.GemmConfig
     num_sms: int
+    m: int = 1
 
 
 class Build(NamedTuple):
@@ -53,9 +59,9 @@ class Build(NamedTuple):
 
 def label(kernel: Kernel) -> str:
     """Names a kernel in a test's id."""
-    op, n, k, c, _ = kernel
+    op, n, k, c, _, m = kernel
     tile = f"bm{c.block_m}-bn{c.block_n}-st{c.num_stages}-wg{c.math_warpgroups}"
-    return f"{op}-n{n}-k{k}-{tile}-cl{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-ra{c.raster_m}"
+    return f"{op}-m{m}-n{n}-k{k}-{tile}-cl{c.cluster_m}x{c.cluster_n}x{c.cluster_k}-ra{c.raster_m}"
 
 
 def selected() -> list[object]:
@@ -68,6 +74,7 @@ def selected() -> list[object]:
                 shape.k,
                 jax_deepgemm.select_config(**shape.selection, num_sms=num_sms),
                 num_sms,
+                shape.m if shape.op == "dense" else 1,
             ),
             id=f"{shape}-sms{num_sms}",
         )
@@ -87,6 +94,8 @@ def sampled() -> list[object]:
         key=repr,
     )
     chosen = random.Random(0).sample(kernels, min(NUM_SAMPLED, len(kernels)))
+    dense = [kernel for kernel in chosen if kernel.op == "dense"]
+    chosen += [kernel._replace(m=kernel.config.block_m + 1) for kernel in dense[::3]]
     return [pytest.param(kernel, id=label(kernel)) for kernel in chosen]
 
 
@@ -108,8 +117,8 @@ def read_opcodes(listing: str) -> list[str]:
 
 def build(kernel: Kernel, disassembler: str | None, folder: pathlib.Path) -> Build:
     """Compiles a kernel, and disassembles it where there is a disassembler."""
-    op, n, k, config, num_sms = kernel
-    report = ffi.compile_kernel(n, k, config, num_sms=num_sms, op=op)
+    op, n, k, config, num_sms, m = kernel
+    report = ffi.compile_kernel(n, k, config, m=m, num_sms=num_sms, op=op)
     if disassembler is None:
         return Build(report, None)
     # The cubin is an ELF file inside the cache file.
