@@ -372,7 +372,7 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     params.part_rows = specs.part_rows;
     const jit::Driver& driver = state->driver;
     CUtensorMap maps_a[2];  // the kernel takes one or both
-    for (size_t i = 0; i < specs.a.size(); ++i) {
+    for (int i = 0; i < specs.num_a; ++i) {
       maps_a[i] = Encode(driver, specs.a[i], a.untyped_data());
     }
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());

@@ -50,11 +50,12 @@ TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& 
   const int b_rows = config.block_n / config.cluster_m;
   // The narrowest D box is 8 columns = 16 bytes, which needs no swizzle.
   const int d_bytes = smem.store_cols() * 2;
-  TensorMapSpecs specs;
+  TensorMapSpecs specs = {};
   specs.part_rows = PartRows(problem, config);
   const auto a = [&](int rows) { return TensorMapSpec{1, k, m, k, kBlockK, rows, kBlockK}; };
-  if (has_parts || config.cluster_n > 1) specs.a.push_back(a(a_rows));
-  if (has_parts || config.cluster_n == 1) specs.a.push_back(a(specs.part_rows));
+  specs.num_a = has_parts ? 2 : 1;
+  specs.a[0] = a(has_parts || config.cluster_n > 1 ? a_rows : specs.part_rows);
+  if (has_parts) specs.a[1] = a(specs.part_rows);
   // A tile that passes the end of its group's columns reads the next group's rows of B; no one sees
   // what comes of them, because D has no such columns.
   specs.b = {1, k, problem.num_groups * n, k, kBlockK, b_rows, kBlockK};

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "csrc/gemm/config.h"
 
@@ -23,7 +22,8 @@ struct TensorMapSpec {
 struct TensorMapSpecs {
   // [m, k] fp8, by whole tiles or a CTA's share of one, and by parts of tiles that do not have all
   // their rows. Kernels that know no parts have one of the two, whose box all tiles are.
-  std::vector<TensorMapSpec> a;
+  TensorMapSpec a[2];
+  int num_a;
   TensorMapSpec b;  // [num_groups * n, k] fp8
   TensorMapSpec d;  // [m, n] bf16
   int part_rows;    // of KernelParams

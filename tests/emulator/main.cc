@@ -269,7 +269,7 @@ void RunProblem(int number, int max_m) {
 
   const dg::TensorMapSpecs maps = dg::MakeTensorMapSpecs(gemm, config, kKernel.has_parts);
   Launch launch = {};
-  for (size_t i = 0; i < maps.a.size(); ++i) launch.a[i] = Model(maps.a[i], a.data());
+  for (int i = 0; i < maps.num_a; ++i) launch.a[i] = Model(maps.a[i], a.data());
   launch.b = Model(maps.b, b.data());
   launch.d = Model(maps.d, d.data());
   launch.params.sfa = sfa.data();
