@@ -43,7 +43,8 @@ class Shape(NamedTuple):
     @property
     def selection(self) -> dict[str, Any]:
         """What `select_config` and `legal_configs` want to know, apart from the SM count."""
-        expected_m = self.m_per_group if self.op == MASKED else None
+        # Of no rows nothing is to be expected.
+        expected_m = (self.m_per_group or None) if self.op == MASKED else None
         return {
             "m": self.m,
             "n": self.n,

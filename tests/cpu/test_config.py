@@ -23,6 +23,7 @@ BASE = GemmConfig(block_m=64, block_n=64, num_stages=4, math_warpgroups=1)
 
 AWKWARD = [
     Shape.dense(0, 8, 16),
+    Shape("masked", 1, 0, 8, 16),
     Shape.dense(1, 8, 16),
     Shape.dense(1, 24, 128),
     Shape.dense(7, 136, 144),
