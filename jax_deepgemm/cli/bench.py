@@ -51,6 +51,7 @@ BASELINES = ("torch", "xla", "stream", "none")
 # What `python` runs for that baseline: `-m` would import the module twice.
 STREAM = ("-c", f"from {stream.__name__} import main; main()")
 HOST_SHAPE = Shape.dense(64, 128, 128)
+BY_TURNS = " by turns, in random order, with a problem's other configurations"
 
 # Operands and results of the problems that are on the GPU, and in a trace, at the same time.
 BATCH_BYTES = 16 * GIGABYTE
@@ -292,8 +293,8 @@ def _benchmark(gpu: jax.Device, args: argparse.Namespace) -> dict[str, Any]:
         "commit": machine.commit(),
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "method": f"GPU kernel time from JAX's profiler (CUPTI), median of {args.iterations} "
-        f"calls, spread_us its 10th and 90th percentile; before every call {flush.method}; "
-        f"operands are quantised normals; {ORACLE}",
+        f"calls{BY_TURNS if args.sweep else ''}, spread_us its 10th and 90th percentile; before "
+        f"every call {flush.method}; operands are quantised normals; {ORACLE}",
         "selection": device.selection(),
         "gpu_state": state,
         "host_call_us": _host_call_us(),

@@ -1,6 +1,7 @@
 """Result rows: build calls for (problem, config) pairs, check them, time them in one trace."""
 
 import dataclasses
+import itertools
 import math
 import os
 import statistics
@@ -63,7 +64,7 @@ def measure(
     """Compiles, checks and times candidates on the GPU.
 
     Args:
-        candidates: what to run.
+        candidates: what to run. Those of one problem that follow one another are timed by turns.
         flush: run before each timed call.
         iterations: timed calls of each candidate.
         xla_baseline: also time dequantising and XLA's dot of dense problems, in the same trace.
@@ -102,7 +103,7 @@ def measure(
                     raise ValueError("the result holds NaN")
                 row["error"] = error
                 calls.append(call)
-                timed.append((row, problem.shape))
+                timed.append((row, problem))
             except (RuntimeError, ValueError) as failure:
                 row["failed"] = str(failure)
             bar.advance(task)
@@ -120,11 +121,13 @@ def measure(
             bar.advance(task)
 
         task = bar.add_task("timing", total=len(calls))
-        times = kernel_times_us(calls, flush, iterations, lambda: bar.advance(task))
+        same = itertools.groupby(timed, key=lambda each: id(each[1]))
+        together = [len(list(rows_of_one)) for _, rows_of_one in same] + [1] * len(plain)
+        times = kernel_times_us(calls, flush, iterations, lambda: bar.advance(task), together)
 
-    for (row, shape), (kernel_us, op_us) in zip(timed, times[: len(timed)], strict=True):
-        row |= time_fields(shape, kernel_us)
-        if shape.op != DENSE:
+    for (row, problem), (kernel_us, op_us) in zip(timed, times[: len(timed)], strict=True):
+        row |= time_fields(problem.shape, kernel_us)
+        if problem.shape.op != DENSE:
             row["op_us"] = round(statistics.median(op_us), 3)
     xla = {
         key: round(statistics.median(kernel_us), 3)

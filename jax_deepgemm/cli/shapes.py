@@ -1,7 +1,9 @@
 """Argument types: problem shapes, as text or named sets, and counts."""
 
 import argparse
+import json
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_deepgemm import get_m_alignment_for_contiguous_layout
@@ -170,7 +172,8 @@ SHAPES_HELP = (
     "by commas or spaces, or a named set: seed (the next two), dense (DeepSeek-V3's dense shapes, "
     "m = 64, 128, 4096), grouped (its experts, contiguous and masked), ragged (up to 512 experts), "
     "decode (as dense, m = 1, 8, 16, 32, 48), a model's layers at 1 to 256 tokens "
-    f"({', '.join(MODELS)}), training (all of them at {TRAINING_TOKENS} tokens per device)"
+    f"({', '.join(MODELS)}), training (all of them at {TRAINING_TOKENS} tokens per device), or "
+    "@FILE: those of a results file"
 )
 
 
@@ -178,10 +181,29 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     """Parses `64x2112x7168,ragged:256x10x4096x7168,decode` and the like; an argparse `type`."""
     shapes: list[Shape] = []
     for word in filter(None, re.split(r"[,\s]+", text)):
-        shapes += NAMED_SHAPES[word] if word in NAMED_SHAPES else [_parse_shape(word)]
+        if word in NAMED_SHAPES:
+            shapes += NAMED_SHAPES[word]
+        elif word.startswith("@"):
+            shapes += _shapes_of_results(Path(word[1:]))
+        else:
+            shapes.append(_parse_shape(word))
     if not shapes:
         raise argparse.ArgumentTypeError("expected at least one shape")
     return tuple(dict.fromkeys(shapes))
+
+
+def _shapes_of_results(path: Path) -> list[Shape]:
+    """What the rows of a results file measure."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        shapes = [Shape(*(row[field] for field in Shape._fields)) for row in rows]
+    except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
+        raise argparse.ArgumentTypeError(f"@{path}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"@{path} is not a results file, whose rows have {', '.join(Shape._fields)}"
+        ) from error
+    return [_parse_shape(str(shape)) for shape in shapes]
 
 
 def _parse_shape(word: str) -> Shape:
@@ -190,7 +212,7 @@ def _parse_shape(word: str) -> Shape:
     if not match:
         raise argparse.ArgumentTypeError(
             f"{word!r} is neither MxNxK (like 64x7168x2048) nor OP:GxMxNxK "
-            f"(like masked:4x256x7168x2048) nor one of {', '.join(NAMED_SHAPES)}"
+            f"(like masked:4x256x7168x2048) nor @FILE nor one of {', '.join(NAMED_SHAPES)}"
         )
     op, groups, m, n, k = match.groups()
     shape = Shape(op or DENSE, int(groups or 1), int(m), int(n), int(k))

@@ -79,7 +79,7 @@ def measure_swept(
     *,
     xla_baseline: bool = False,
 ) -> list[Row]:
-    """`measure`, with all contenders of each problem in the same trace.
+    """`measure`, with all contenders of each problem in the same trace, timed by turns.
 
     Args:
         selected: problems, each with the configuration that selection picks.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.profiler import ProfileData, ProfileOptions
 
 GIGABYTE = 10**9
@@ -125,6 +126,7 @@ def kernel_times_us(
     flush: Callable[[], None],
     iterations: int,
     advance: Callable[[], None] = lambda: None,
+    together: Sequence[int] | None = None,
 ) -> list[CallTimes]:
     """Kernel times of every call, in one profiler trace.
 
@@ -132,19 +134,27 @@ def kernel_times_us(
         calls: compiled calls that have run before and are idle.
         flush: queued before each.
         iterations: timed repetitions of each call.
-        advance: called after the repetitions of each call.
+        advance: called for each call when its repetitions are done.
+        together: numbers of neighbouring calls that take turns, in another order each time, so that
+            what they are compared by is not how the clock or the memory drifts; their sum is
+            `len(calls)`. By default each call has its repetitions one after the other.
 
     Returns:
         For each call the times of its `iterations` repetitions.
     """
+    rng = np.random.default_rng(0)
     flush()  # compiles it
     with profiled() as profiles:
-        for call in calls:
+        first = 0
+        for count in together or [1] * len(calls):
             for _ in range(iterations):
-                flush()
-                result = call()
+                for turn in rng.permutation(count):
+                    flush()
+                    result = calls[first + turn]()
             result.block_until_ready()
-            advance()
+            for _ in range(count):
+                advance()
+            first += count
     events = kernel_events(profiles[0])
     return [
         CallTimes(

@@ -189,6 +189,26 @@ class TestProfile:
         assert statistics.median(times[0].kernel_us) > statistics.median(times[1].kernel_us) > 0
 
     @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_calls_that_are_compared_take_turns(self) -> None:
+        """In random order, each as often as the others; those of the next group come after."""
+        x = jnp.ones((8, 8))
+        order: list[int] = []
+
+        class Noted(Call):
+            def __call__(self) -> jax.Array:
+                order.append(calls.index(self))
+                return super().__call__()
+
+        calls = [Noted(jnp.matmul, x, x) for _ in range(4)]
+        done: list[int] = []
+        times = timing.kernel_times_us(calls, list, 9, lambda: done.append(len(order)), [3, 1])
+        assert [len(each.kernel_us) for each in times] == [9] * 4
+        turns = [tuple(order[i : i + 3]) for i in range(0, 27, 3)]
+        assert {tuple(sorted(turn)) for turn in turns} == {(0, 1, 2)} and len(set(turns)) > 2
+        assert order[27:] == [3] * 9
+        assert done == [27, 27, 27, 36]
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
     def test_kernels_of_interest_and_all(self) -> None:
         def two_kernels(x: jax.Array) -> jax.Array:
             return jnp.sort(x @ x, axis=0)
@@ -248,6 +268,21 @@ class TestMeasure:
             assert row["baselines"]["xla_dequantize_dot_us"] > 0
 
     @pytest.mark.usefixtures("cpu_as_gpu")
+    def test_candidates_of_one_problem_take_turns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def no_times(calls: list[Call], *rest: Any) -> list[timing.CallTimes]:
+            asked.append(rest[-1])  # together
+            return [timing.CallTimes([1.0], [1.0])] * len(calls)
+
+        monkeypatch.setattr(harness, "kernel_times_us", no_times)
+        one, other = (random_problem(SHAPE, seed) for seed in (0, 1))
+        configs = [(one, RAISING), *((one, config) for config in CONFIGS[:2]), (other, CONFIGS[0])]
+        rows = measure([Candidate(*each) for each in configs], NoFlush(), 1, xla_baseline=True)  # type: ignore[arg-type]
+        assert asked == [[2, 1, 1, 1]]  # without the one that raises; XLA's of both problems
+        assert ["time_us" in row for row in rows] == [False, True, True, True]
+
+    @pytest.mark.usefixtures("cpu_as_gpu")
     @pytest.mark.parametrize("op", ["contiguous", "masked", "ragged"])
     def test_rows_of_groups(self, op: str) -> None:
         shape = Shape(op, groups=2, m_per_group=128, n=264, k=272)
@@ -301,7 +336,7 @@ class TestCommand:
         expected = "gpu driver cuda jax date commit command method gpu_state host_call_us rows"
         assert set(expected.split()) <= set(document)
         assert set(document["host_call_us"]) == {"jax_deepgemm", "xla_dot"}
-        assert "median of 3 calls" in document["method"]
+        assert "median of 3 calls, spread_us" in document["method"]
         first, second = document["rows"]
         assert first["baselines"]["deepgemm_us"] == 1.0
         assert set(second["baselines"]) == {"xla_dequantize_dot_us"}
@@ -358,9 +393,11 @@ class TestCommand:
         output = tmp_path / "sweep.json"
         arguments = ["bench", "--sweep", "--baselines", "none", "--output", str(output)]
         assert main([*arguments, "--shapes", str(SHAPE), "--iterations", "3"]) == 0
-        (row,) = json.loads(output.read_text())["rows"]
+        document = json.loads(output.read_text())
+        (row,) = document["rows"]
         texts = list(map(sweep.config_text, CONFIGS))
         assert list(row["sweep"]) == texts
+        assert "median of 3 calls by turns" in document["method"]
         assert row["sweep"][texts[0]] == row["best_us"] == row["time_us"]
         assert row["best"] == texts[0], "a wrong config is never the best"
         assert row["sweep"][texts[1]].startswith("error ")

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import itertools
+import json
 import os
 import pathlib
 import subprocess
@@ -88,6 +89,33 @@ class TestShapes:
         assert Shape("ragged", 384, 5, 7168, 2048) in NAMED_SHAPES["kimi-k2"]
         # 8 x 8192 tokens of 8 experts each: 4096 rows for each of 128, of which a device has 16.
         assert Shape("ragged", 16, 4096, 3072, 4096) in NAMED_SHAPES["training"]
+
+    def test_those_of_a_results_file(self, tmp_path: pathlib.Path) -> None:
+        path = tmp_path / "results.json"
+        grouped = Shape("masked", 4, 256, 7168, 2048)
+        rows = [shape._asdict() | {"time_us": 1.0} for shape in (grouped, SMALL, grouped)]
+        path.write_text(json.dumps({"rows": rows}))
+        assert parse_shapes(f"1x8x16,@{path}") == (Shape.dense(1, 8, 16), grouped, SMALL)
+
+    @pytest.mark.parametrize(
+        "content, message",
+        [
+            (None, "No such file"),
+            ("[", "Expecting value"),
+            ("[]", "is not a results file, whose rows have op, groups, m_per_group, n, k"),
+            ('{"rows": [{"n": 8}]}', "is not a results file"),
+            (json.dumps({"rows": [SMALL._asdict() | {"n": 7}]}), "n a multiple of 8"),
+            (json.dumps({"rows": []}), "at least one shape"),
+        ],
+    )
+    def test_no_results_file(
+        self, tmp_path: pathlib.Path, content: str | None, message: str
+    ) -> None:
+        path = tmp_path / "results.json"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            parse_shapes(f"@{path}")
 
     @pytest.mark.parametrize("shape", sorted({*itertools.chain(*NAMED_SHAPES.values())}), ids=str)
     def test_notation(self, shape: Shape) -> None:
