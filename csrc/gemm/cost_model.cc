@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace dg {
 namespace {
@@ -28,11 +32,17 @@ double TileRows(const GemmProblem& problem, const GemmConfig& config) {
   return ActiveGroups(problem) * GroupTileRows(problem, config);
 }
 
+template <typename T>
+size_t CountDistinct(std::vector<T>& values) {
+  std::sort(values.begin(), values.end());
+  return std::unique(values.begin(), values.end()) - values.begin();
+}
+
 }  // namespace
 
 Tiling::Tiling(const GemmProblem& problem, const GemmConfig& config)
     : group_rows(std::max(1.0, GroupTileRows(problem, config))) {
-  const double columns = CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
+  columns = CeilDiv(problem.n, int64_t{config.block_n} * config.cluster_n);
   tiles = std::max(1.0, TileRows(problem, config) * columns);  // m = 0 runs nothing
   resident = std::min<double>(tiles, ResidentClusters(problem, config.cluster_size()));
   rounds = std::ceil(tiles / resident);
@@ -41,7 +51,37 @@ Tiling::Tiling(const GemmProblem& problem, const GemmConfig& config)
 
 double Tiling::stage_bytes(const GemmConfig& config) const {
   const double rows = std::min({group_rows, resident, double(config.raster_m)});
-  return resident * config.cluster_size() / (rows * config.cluster_m) * config.smem().b_bytes();
+  return std::min(tiles / group_rows, resident / rows) * config.cluster_size() / config.cluster_m *
+         config.smem().b_bytes();
+}
+
+Distinct DistinctInGpc(const Tiling& tiling, const GemmConfig& config) {
+  const int resident = static_cast<int>(tiling.resident);
+  const int raster = config.raster_m;
+  // No tile after the resident ones is looked at.
+  const int swath_tiles = static_cast<int>(std::min(raster * tiling.columns, tiling.resident));
+  const int group_rows = static_cast<int>(std::min(tiling.group_rows, tiling.resident));
+  const double rows = std::max(1.0, tiling.tiles / tiling.columns);
+  const int run = config.cluster_size() > 1 ? 1 : kGpcCtas;
+  std::vector<int> a;
+  std::vector<std::pair<int, int>> b;  // group, column
+  size_t distinct_a = 0, distinct_b = 0;
+  for (int gpc = 0; gpc < kGpcs; ++gpc) {
+    a.clear();
+    b.clear();
+    for (int first = gpc * run; first < resident; first += kGpcs * run) {
+      for (int tile = first; tile < std::min(first + run, resident); ++tile) {
+        const int swath = tile / swath_tiles, in_swath = tile % swath_tiles;
+        const int height = static_cast<int>(std::min<double>(raster, rows - swath * raster));
+        const int row = swath * raster + in_swath % height;
+        a.push_back(row);
+        b.emplace_back(row / group_rows, in_swath / height);
+      }
+    }
+    distinct_a += CountDistinct(a);
+    distinct_b += CountDistinct(b);
+  }
+  return {double(distinct_a) / resident, double(distinct_b) / resident};
 }
 
 double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const CostModel& model) {
@@ -62,16 +102,25 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   const double math = tensor + (promote + waves * model.gap_cycles) / warpgroups;
   const double a_rows = std::min<double>(block_m, GroupRows(problem));
   const double fill = (a_rows + block_n) * kBlockK / model.sm_bytes_per_cycle;
-  // CTAs that have not drifted apart ask for the same lines together, which L2 answers once.
-  // With two rows of tiles at most, all of them share A and neighbours B: it was never what limits.
-  // Clusters that split k are no neighbours, and share A alone.
+  // CTAs drift apart with the k-blocks behind them. Until then those of a GPC ask L2 for the same
+  // lines together, which it answers once. Where clusters split k, which ones depends on the
+  // swaths; of others in_step is what came out. With two rows of tiles at most, all of these share
+  // A and neighbours B: it was never what limits.
   double l2 = 0;
-  const bool shares_a_alone = config.cluster_k > 1 && tiling.group_rows > 1;
-  if (tiling.group_rows * config.cluster_m > 2 || shares_a_alone) {
-    const double run = tiling.rounds * k_blocks;
-    const double in_step = 1 + model.in_step / (1 + run / model.drift_k_blocks);
-    const double a = block_m / config.cluster_n / in_step;
-    const double b = block_n / config.cluster_m / (shares_a_alone ? 1 : in_step);
+  const bool splits_rows = config.cluster_k > 1 && tiling.group_rows > 1;
+  if (tiling.group_rows * config.cluster_m > 2 || splits_rows) {
+    const double drift = 1 + tiling.rounds * k_blocks / model.drift_k_blocks;
+    double a = block_m / config.cluster_n, b = block_n / config.cluster_m;
+    if (splits_rows) {
+      const Distinct distinct = DistinctInGpc(tiling, config);
+      const double together = std::min(1.0, model.split_in_step / drift);
+      a *= 1 - (1 - distinct.a) * together;
+      b *= 1 - (1 - distinct.b) * together;
+    } else {
+      const double in_step = 1 + model.in_step / drift;
+      a /= in_step;
+      b /= in_step;
+    }
     l2 = (a + b) * kBlockK * ctas / model.l2_bytes_per_us * 1e3 * model.clock_ghz;
   }
   const double least = model.min_k_block_cycles + waves * columns * model.column_k_block_cycles +
@@ -127,9 +176,8 @@ double EstimateUs(const GemmProblem& problem, const GemmConfig& config, const Co
   } else if (config.cluster_size() > 1) {
     fixed_us += model.multicast_us;
   }
-  const double split = shares_a_alone ? 1 + model.split_rows * std::log2(config.cluster_k) : 1;
-  return fixed_us + split * (std::max(compute_us, memory_us) +
-                             model.exposed_minor * std::min(compute_us, memory_us));
+  return fixed_us + std::max(compute_us, memory_us) +
+         model.exposed_minor * std::min(compute_us, memory_us);
 }
 
 }  // namespace dg

@@ -18,32 +18,31 @@ namespace dg {
 // kernels. (Of several heights of swaths, the one closest to today's counts.) benchmarks/results
 // has the sweeps.
 struct CostModel {
-  double clock_ghz = 2.43;                // while multiplying FP8
-  double hbm_share = 0.95;                // of the peak, streaming weights
-  double l2_bytes_per_us = 8.82e6;        // TMA loads that hit L2, all SMs together
-  double in_step = 2.57;                  // times as much more while CTAs are in step
-  double drift_k_blocks = 76.7;           // k-blocks of a CTA after which half of that is gone
-  double sm_bytes_per_cycle = 60.9;       // what one SM takes in through TMA
-  double min_k_block_cycles = 257;        // of the narrowest tile
-  double column_k_block_cycles = 1.27;    // more of it, per column of a warpgroup's waves
-  double paired_k_block_cycles = 112;     // more of it with two math warpgroups
-  double gap_cycles = 109;                // between a wgmma and its warpgroup's next one
-  double launch_us = 0.822;               // launch, and what else every kernel takes
-  double second_warpgroup_us = 0.369;     // more of it with two math warpgroups
-  double multicast_us = 2.39;             // more of it in a cluster
-  double exchange_bytes_per_us = 1.26e4;  // of one CTA's partial sums
-  double column_cycles = 3.94;            // per column of a wave: convert, stage, store
-  double box_cycles = 158;                // per box of a wave: narrow boxes are many stores
-  double paired_epilogue = 1.33;          // two warpgroups that store: of one's epilogue
-  double first_stage = 1.21;              // of a stage's time to arrive, before all else
-  double last_epilogue = 3.47;            // of one warpgroup's epilogue, after all else
-  double split_rows = 0.0973;             // of all that is not fixed, per halving of k where there
-                                          // are more rows of tiles than one
-  double exposed_minor = 0.228;           // of the shorter of computing and memory time
-  double energy = 0.321;                  // of the tensor cores' work: work costs clock
-  double stored_share = 0.263;            // of D's bytes that compete with loads
-  double tile_us = 0.115;                 // without loads, per tile but the first
-  double zero_row_cycles = 4.31;          // TMA's, for a row of B past n, which it fills with zeros
+  double clock_ghz = 2.43;               // while multiplying FP8
+  double hbm_share = 0.95;               // of the peak, streaming weights
+  double l2_bytes_per_us = 8.82e6;       // TMA loads that hit L2, all SMs together
+  double in_step = 2.57;                 // times as much more while CTAs are in step
+  double split_in_step = 0.87;           // where k is split: of what a GPC asks for twice
+  double drift_k_blocks = 76.7;          // k-blocks of a CTA after which half of that is gone
+  double sm_bytes_per_cycle = 60.9;      // what one SM takes in through TMA
+  double min_k_block_cycles = 257;       // of the narrowest tile
+  double column_k_block_cycles = 1.27;   // more of it, per column of a warpgroup's waves
+  double paired_k_block_cycles = 112;    // more of it with two math warpgroups
+  double gap_cycles = 109;               // between a wgmma and its warpgroup's next one
+  double launch_us = 0.822;              // launch, and what else every kernel takes
+  double second_warpgroup_us = 0.369;    // more of it with two math warpgroups
+  double multicast_us = 2.39;            // more of it in a cluster
+  double exchange_bytes_per_us = 1.2e4;  // of one CTA's partial sums
+  double column_cycles = 3.94;           // per column of a wave: convert, stage, store
+  double box_cycles = 158;               // per box of a wave: narrow boxes are many stores
+  double paired_epilogue = 1.33;         // two warpgroups that store: of one's epilogue
+  double first_stage = 1.21;             // of a stage's time to arrive, before all else
+  double last_epilogue = 3.47;           // of one warpgroup's epilogue, after all else
+  double exposed_minor = 0.228;          // of the shorter of computing and memory time
+  double energy = 0.321;                 // of the tensor cores' work: work costs clock
+  double stored_share = 0.263;           // of D's bytes that compete with loads
+  double tile_us = 0.115;                // without loads, per tile but the first
+  double zero_row_cycles = 4.31;         // TMA's, for a row of B past n, which it fills with zeros
   // Bytes of weights in flight, in microseconds of the memory's rate: fewer do not cover its
   // latency; more queue up, and some CTAs finish late.
   double shallow_us = 1.35;
@@ -63,6 +62,7 @@ inline constexpr CostConstant kCostConstants[] = {
     {"hbm_share", &CostModel::hbm_share},
     {"l2_bytes_per_us", &CostModel::l2_bytes_per_us},
     {"in_step", &CostModel::in_step},
+    {"split_in_step", &CostModel::split_in_step},
     {"drift_k_blocks", &CostModel::drift_k_blocks},
     {"sm_bytes_per_cycle", &CostModel::sm_bytes_per_cycle},
     {"min_k_block_cycles", &CostModel::min_k_block_cycles},
@@ -78,7 +78,6 @@ inline constexpr CostConstant kCostConstants[] = {
     {"paired_epilogue", &CostModel::paired_epilogue},
     {"first_stage", &CostModel::first_stage},
     {"last_epilogue", &CostModel::last_epilogue},
-    {"split_rows", &CostModel::split_rows},
     {"exposed_minor", &CostModel::exposed_minor},
     {"energy", &CostModel::energy},
     {"stored_share", &CostModel::stored_share},
@@ -96,6 +95,7 @@ static_assert(sizeof(CostModel) == std::size(kCostConstants) * sizeof(double));
 // size: sizes are not known before the kernel runs.
 struct Tiling {
   double group_rows;  // rows of tiles in a group, at least 1
+  double columns;     // of tiles
   double tiles;       // of clusters, in all groups, at least 1
   double resident;    // clusters
   double rounds;
@@ -106,6 +106,20 @@ struct Tiling {
   // Bytes of B in one stage of all CTAs at work; those of one column of a swath have the same.
   double stage_bytes(const GemmConfig& config) const;
 };
+
+// Of 132 SMs, six GPCs have 16 and two 18. CTAs without clusters are handed out GPC by GPC,
+// clusters by turns (%smid says so).
+inline constexpr int kGpcs = 8;
+inline constexpr int kGpcCtas = 16;
+
+// Of the tiles of A and of B that the CTAs of a GPC are asked to multiply in the first round, the
+// part that differ: 1 where each has its own. What a GPC's CTAs ask L2 for at the same time is
+// delivered once.
+struct Distinct {
+  double a;
+  double b;
+};
+Distinct DistinctInGpc(const Tiling& tiling, const GemmConfig& config);
 
 // Estimated kernel time in microseconds.
 double EstimateUs(const GemmProblem& problem, const GemmConfig& config,

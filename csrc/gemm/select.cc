@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "csrc/gemm/cost_model.h"
 
@@ -15,6 +16,9 @@ constexpr int kFewestStages = 5;
 
 // Bytes of A that stay in L2 while the columns of B pass by: a sixth of an H100's.
 constexpr double kSwathBytes = 1 << 23;
+
+// Bytes of B that are taken to be in L2 when the next swath's tiles ask for them again.
+constexpr double kKeptWeightBytes = 1 << 25;
 
 // CTAs that ask L2 for the same lines together where there are no clusters. Those of a GPC are 16
 // or 18, but swaths that make as many square, 6 rows of 128x256 tiles, were 0.5 % slower.
@@ -36,16 +40,43 @@ int Stages(const GemmProblem& problem, const GemmConfig& config) {
       std::min<double>(MostStages(config), std::max<double>(kFewestStages, stages)));
 }
 
+// Tile rows per swath of a dense product that splits k: of powers of two, so that few kernels serve
+// all m, the height for which the CTAs of a GPC ask L2 for the fewest rows of A and B. Of equals
+// the lowest, which was up to 12 % faster than others, but not a single row (where there are more):
+// that was up to 28 % slower where B does not stay in L2 until the next row, and 4 to 6 % by mean
+// with two rows of tiles. For the same reason all rows are in one swath where B is too large.
+int SplitKRasterRows(const GemmProblem& problem, GemmConfig config) {
+  const Tiling tiling(problem, config);
+  const bool stays = tiling.rounds == 1 || double(problem.n) * problem.k <= kKeptWeightBytes;
+  const auto most = std::min<double>(tiling.group_rows, kMaxGroupedRasterRows);
+  double least = std::numeric_limits<double>::infinity();
+  int best = 1;
+  for (int height = 1; height < 2 * most; height *= 2) {
+    if (height < (stays ? std::min(2.0, most) : most)) continue;
+    config.raster_m = height;
+    const Distinct distinct = DistinctInGpc(tiling, config);
+    const double rows = distinct.a * config.block_m + distinct.b * config.block_n;
+    if (rows < 0.999 * least) {
+      least = rows;
+      best = height;
+    }
+  }
+  return best;
+}
+
 // Tile rows per swath. CTAs that ask L2 for the same lines together should cover a rectangle of D
 // whose A rows and B columns are about as many bytes. Clusters are dealt out to the GPCs by turns,
 // so these are all that are in flight; CTAs without clusters are handed out GPC by GPC, and what a
 // GPC's ask for is delivered once (scheduler.cuh). Where k is short, a taller swath's rows of A
 // stay in L2 from one column of tiles to the next, and B is read less often.
 //
-// Swaths are of about one height. Those that span groups, whose tiles share nothing, are of whole
-// ones, and as tall as makes all CTAs in flight a square: masked products with k = 2048 took 1 to
-// 3 % longer with less.
+// Swaths are of about one height; where clusters share A or B, of a multiple of the GPCs, so that
+// each GPC has few rows of them: 8 was 1 % faster than 6 and 7. Those that span groups, whose tiles
+// share nothing, are of whole ones, and as tall as makes all CTAs in flight a square: masked
+// products with k = 2048 took 1 to 3 % longer with less.
 int RasterRows(const GemmProblem& problem, const GemmConfig& config) {
+  const bool is_dense = problem.grouping == Grouping::kDense;
+  if (is_dense && config.cluster_k > 1) return SplitKRasterRows(problem, config);
   const double rows = config.block_m * config.cluster_m;
   const double columns = config.block_n * config.cluster_n;
   const auto square = [&](double clusters) {
@@ -58,11 +89,17 @@ int RasterRows(const GemmProblem& problem, const GemmConfig& config) {
   const auto even = [&](double most) {
     return std::ceil(group_rows / std::ceil(group_rows / most));
   };
-  const double best = std::min<double>(std::max(square(near), even(kept)), kMaxGroupedRasterRows);
-  if (best < group_rows) return static_cast<int>(even(best));
+  double best = std::min<double>(std::max(square(near), even(kept)), kMaxGroupedRasterRows);
+  if (best < group_rows) {
+    if (config.cluster_m * config.cluster_n > 1) {
+      best = std::max(1.0, std::round(best / kGpcs)) * kGpcs;
+      return static_cast<int>(std::min(best, group_rows));
+    }
+    return static_cast<int>(even(best));
+  }
   const double all = std::min<double>(std::max(best, square(clusters)), kMaxGroupedRasterRows);
   // One swath, whatever its height: one kernel for every such m.
-  if (problem.grouping == Grouping::kDense) return static_cast<int>(all);
+  if (is_dense) return static_cast<int>(all);
   return static_cast<int>(std::floor(all / group_rows) * group_rows);
 }
 
@@ -114,11 +151,16 @@ std::vector<GemmConfig> Candidates(const GemmProblem& problem) {
 }
 
 GemmConfig SelectConfig(const GemmProblem& problem) {
-  const std::vector<GemmConfig> candidates = Candidates(problem);
-  return *std::min_element(candidates.begin(), candidates.end(),
-                           [&](const GemmConfig& a, const GemmConfig& b) {
-                             return EstimateUs(problem, a) < EstimateUs(problem, b);
-                           });
+  GemmConfig best = {};
+  double least = std::numeric_limits<double>::infinity();
+  for (const GemmConfig& config : Candidates(problem)) {
+    const double estimate = EstimateUs(problem, config);
+    if (estimate < least) {
+      least = estimate;
+      best = config;
+    }
+  }
+  return best;
 }
 
 }  // namespace dg
