@@ -239,8 +239,9 @@ CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const v
   const cuuint32_t box[] = {static_cast<cuuint32_t>(spec.box_columns),
                             static_cast<cuuint32_t>(spec.box_rows)};
   const cuuint32_t strides[] = {1, 1};
-  const CUtensorMapDataType type =
-      spec.element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type = spec.element_bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : spec.element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   const CUtensorMapSwizzle swizzle = spec.swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : spec.swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : spec.swizzle_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
@@ -368,7 +369,7 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     params.sfa_pitch = static_cast<int>(sfa_pitch);
     params.num_groups = static_cast<int>(problem.num_groups);
     const TensorMapSpecs specs =
-        MakeTensorMapSpecs(problem, plan.config, HasParts(problem, plan.config));
+        MakeTensorMapSpecs(problem, plan.config, HasParts(problem, plan.config), sfa_pitch);
     params.part_rows = specs.part_rows;
     const jit::Driver& driver = state->driver;
     CUtensorMap maps_a[2];  // the kernel takes one or both
@@ -376,8 +377,9 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
       maps_a[i] = Encode(driver, specs.a[i], a.untyped_data());
     }
     CUtensorMap map_b = Encode(driver, specs.b, b.untyped_data());
+    CUtensorMap map_sfa = Encode(driver, specs.sfa, sfa.untyped_data());
     CUtensorMap map_d = Encode(driver, specs.d, d->untyped_data());
-    void* arguments[] = {maps_a, &map_b, &map_d, &params};
+    void* arguments[] = {maps_a, &map_b, &map_sfa, &map_d, &params};
     plan.kernel->Launch(stream, GridSize(problem, plan.config), arguments);
   });
 }

@@ -1,6 +1,7 @@
 #include "csrc/gemm/tensor_maps.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace dg {
 namespace {
@@ -42,7 +43,7 @@ bool HasParts(const GemmProblem& problem, const GemmConfig& config) {
 }
 
 TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config,
-                                  bool has_parts) {
+                                  bool has_parts, int64_t sfa_pitch) {
   const int64_t m = problem.m, n = problem.n, k = problem.k;
   const SmemLayout smem = config.smem();
   // With multicast each CTA loads its share of the rows for the whole cluster.
@@ -59,6 +60,14 @@ TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& 
   // A tile that passes the end of its group's columns reads the next group's rows of B; no one sees
   // what comes of them, because D has no such columns.
   specs.b = {1, k, problem.num_groups * n, k, kBlockK, b_rows, kBlockK};
+  // One row, because rows would have to begin at multiples of 16 bytes. Where k-blocks do not, or
+  // are more than TMA can count, the kernel does without this map, which has to be one
+  // nevertheless.
+  const int64_t scales =
+      std::min<int64_t>(KBlocks(problem) * sfa_pitch, std::numeric_limits<int32_t>::max());
+  const int sfa_rows =
+      static_cast<int>(std::min<int64_t>(config.block_m, CeilDiv(sfa_pitch, 4) * 4));
+  specs.sfa = {4, scales, 1, CeilDiv(scales, 4) * 16, sfa_rows, 1, 0};
   specs.d = {2, n, m, n * 2, smem.store_cols(), smem.store_rows(), d_bytes > 16 ? d_bytes : 0};
   return specs;
 }

@@ -10,7 +10,7 @@ namespace dg {
 
 // A row-major matrix in global memory and the box of it that one TMA instruction moves.
 struct TensorMapSpec {
-  int element_bytes;  // 1: fp8, 2: bf16
+  int element_bytes;  // 1: fp8, 2: bf16, 4: float32
   int64_t columns;    // contiguous dimension
   int64_t rows;
   int64_t pitch_bytes;  // from one row to the next
@@ -24,9 +24,10 @@ struct TensorMapSpecs {
   // their rows. Kernels that know no parts have one of the two, whose box all tiles are.
   TensorMapSpec a[2];
   int num_a;
-  TensorMapSpec b;  // [num_groups * n, k] fp8
-  TensorMapSpec d;  // [m, n] bf16
-  int part_rows;    // of KernelParams
+  TensorMapSpec b;    // [num_groups * n, k] fp8
+  TensorMapSpec sfa;  // [1, ceil(k/128) * sfa_pitch] float32
+  TensorMapSpec d;    // [m, n] bf16
+  int part_rows;      // of KernelParams
 };
 
 // Whether tiles may have fewer rows than others and are copied by parts then (never where A is
@@ -35,8 +36,8 @@ struct TensorMapSpecs {
 bool HasParts(const GemmProblem& problem, const GemmConfig& config);
 
 // The maps of a launch with m >= 1 rows. `has_parts`: the kernel is made for parts, as it must be
-// where HasParts.
+// where HasParts. `sfa_pitch`: elements from one k-block of SFA to the next.
 TensorMapSpecs MakeTensorMapSpecs(const GemmProblem& problem, const GemmConfig& config,
-                                  bool has_parts);
+                                  bool has_parts, int64_t sfa_pitch);
 
 }  // namespace dg

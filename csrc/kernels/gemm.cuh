@@ -225,88 +225,74 @@ __device__ __forceinline__ void load_operands(const Smem& smem, const MapsOfA& m
   }
 }
 
-// Bulk copies begin and end at multiples of 16 bytes: they take SFA where each of its k-blocks
-// does. Elsewhere the warp's lanes copy 4 bytes at a time.
-__device__ __forceinline__ bool copies_scales_in_bulk(const KernelParams& params) {
-  return params.sfa_pitch % 4 == 0;
+// TMA reads from multiples of 16 bytes on, or the kernel fails with an illegal instruction, and
+// counts elements in 31 bits. Whether a tile's SFA begins at such places, in all k-blocks.
+__device__ __forceinline__ bool copies_by_tma(const KernelParams& params, int m) {
+  constexpr int kMostRows = (0x7fffffff - 65536) / kKBlocks;
+  return (params.sfa_pitch | m) % 4 == 0 && params.sfa_pitch <= kMostRows;
 }
 
-// Arrivals of the scale warp on a full barrier: one thread's, or every lane's.
+// Tiles of groups begin at any row.
+constexpr bool kTilesAreAligned =
+    kGrouping == Grouping::kDense || kGrouping == Grouping::kContiguous;
+
+// Arrivals of the scale warp on a full barrier: one thread's, or every lane's, if there are tiles
+// whose scales the lanes copy.
 __device__ __forceinline__ int scale_arrivals(const KernelParams& params) {
-  return copies_scales_in_bulk(params) ? 1 : 32;
+  return kTilesAreAligned && copies_by_tma(params, 0) ? 1 : 32;
 }
 
-// Where a tile's scales lie in memory.
-class TileScales {
- public:
-  __device__ TileScales(const KernelParams& params, const Tile& tile)
-      : sfa_(params.sfa + (tile.m & ~3)),
-        sfb_(params.sfb + size_t(tile.group) * kNBlocks * kKBlocks),
-        pitch_(params.sfa_pitch),
-        rows_(max(0, min(kLayout.sfa_rows(), params.sfa_pitch - (tile.m & ~3)))),
-        n_block_(tile.n / 128) {}
+// A k-block's row of scales. Unsigned, one instruction; a signed product takes several.
+__device__ __forceinline__ const float* scales_at(const float* scales, uint32_t k_block,
+                                                  uint32_t pitch) {
+  return scales + uint64_t{k_block} * pitch;
+}
 
-  // A stage's SFA begins with the multiple of 4 rows at or below the tile's first. Rows past the
-  // end of A keep old scales.
-  __device__ uint32_t rows() const { return rows_; }
-  __device__ uint32_t pitch() const { return pitch_; }
-  __device__ const float* sfa() const { return sfa_; }
+// SFB of a tile's `block`-th 128 columns. Columns past n have no scale of their own and need none.
+__device__ __forceinline__ const float* sfb_of(const KernelParams& params, const Tile& tile,
+                                               int block) {
+  const int row = min(tile.n / 128 + block, kNBlocks - 1);
+  return params.sfb + (size_t(tile.group) * kNBlocks + row) * kKBlocks;
+}
 
-  // SFB of the first k-block. Columns past n have no scale of their own and need none.
-  __device__ const float* sfb(int block) const {
-    return sfb_ + min(n_block_ + block, kNBlocks - 1) * kKBlocks;
-  }
-
-  // `scales` of another k-block. Unsigned, one instruction; a signed product takes several.
-  __device__ static const float* at(const float* scales, uint32_t k_block, uint32_t pitch) {
-    return scales + uint64_t{k_block} * pitch;
-  }
-
- private:
-  const float* const sfa_;
-  const float* const sfb_;
-  const uint32_t pitch_;
-  const uint32_t rows_;
-  const int n_block_;
-};
-
-// The scale warp's part of a tile: SFA and SFB of its k-blocks. One thread copies SFA in bulk, and
-// SFB.
-__device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const KernelParams& params,
-                                                    const KRange& range, const Tile& tile,
-                                                    RingPosition ring) {
-  const TileScales scales(params, tile);
+// The scale warp's part of a tile: SFA and SFB of its k-blocks. One thread copies both, SFA by TMA,
+// to which all k-blocks are one row. What it copies past the last row of A is never used.
+__device__ __forceinline__ void load_scales(const Smem& smem, const TensorMap& map_sfa,
+                                            const KernelParams& params, const KRange& range,
+                                            const Tile& tile, RingPosition ring) {
+  const int pitch = params.sfa_pitch;
+  const int bytes = min(config::kBlockM, pitch) * 4;
   int k_block = range.first(tile, params.m);
-  // Addresses are stepped where k does not wrap around: a sixth fewer instructions in the loop.
-  const float* sfa = TileScales::at(scales.sfa(), k_block, scales.pitch());
+  int sfa = k_block * pitch + tile.m;
   const float* sfb[kTileScaleBlocks];
 #pragma unroll
-  for (int block = 0; block < kTileScaleBlocks; ++block) sfb[block] = scales.sfb(block) + k_block;
+  for (int block = 0; block < kTileScaleBlocks; ++block) {
+    sfb[block] = sfb_of(params, tile, block) + k_block;
+  }
 #pragma unroll 1
   for (int left = range.count(); left > 0; --left) {
     const int stage = ring.stage();
     const uint32_t full = smem.full(stage);
     mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
     if (elect_sync()) {
-      if (scales.rows() > 0) {
-        mbarrier_expect_tx(full, scales.rows() * 4);
-        bulk_load(smem.sfa(stage), sfa, scales.rows() * 4, full);
-      }
+      mbarrier_expect_tx(full, bytes);
+      tma_load_2d(smem.sfa(stage), map_sfa, full, sfa, 0);
 #pragma unroll
       for (int block = 0; block < kTileScaleBlocks; ++block) {
         cp_async_4(smem.sfb(stage) + 4 * block, sfb[block]);
       }
       cp_async_mbarrier_arrive(full);
+      if constexpr (!kTilesAreAligned) mbarrier_arrive(full, 31);  // for the other lanes
     }
+    // Stepped where k does not wrap around: a sixth fewer instructions in the loop.
     if constexpr (KRange::kRotates) {
-      k_block = range.next(k_block);
-      sfa = TileScales::at(scales.sfa(), k_block, scales.pitch());
+      const int next = range.next(k_block);
+      sfa = next * pitch + tile.m;
 #pragma unroll
-      for (int block = 0; block < kTileScaleBlocks; ++block) {
-        sfb[block] = scales.sfb(block) + k_block;
-      }
+      for (int block = 0; block < kTileScaleBlocks; ++block) sfb[block] += next - k_block;
+      k_block = next;
     } else {
-      sfa += scales.pitch();
+      sfa += pitch;
 #pragma unroll
       for (int block = 0; block < kTileScaleBlocks; ++block) ++sfb[block];
     }
@@ -314,33 +300,30 @@ __device__ __forceinline__ void load_scales_in_bulk(const Smem& smem, const Kern
   }
 }
 
-// The same, 4 bytes at a time: the first lanes take SFB, the others a row of SFA each; what rows
-// there are beyond go round all lanes.
+// The same, 4 bytes at a time: lanes take rows of SFA in turn, the first ones SFB, too. As few
+// instructions as can be, as in the loop above: with twice as many, tiles of 64 to 256 rows took up
+// to 19 % longer.
 __device__ __forceinline__ void load_scales_by_lanes(const Smem& smem, const KernelParams& params,
                                                      const KRange& range, const Tile& tile,
                                                      RingPosition ring) {
-  const TileScales scales(params, tile);
   const int lane = laneid();
-  const bool takes_sfb = lane < kTileScaleBlocks;
-  const uint32_t row = lane - kTileScaleBlocks;
-  const bool copies = takes_sfb || row < scales.rows();
-  const float* const source = takes_sfb ? scales.sfb(lane) : scales.sfa() + (copies ? row : 0);
-  const uint32_t pitch = takes_sfb ? 1 : scales.pitch();
-  const uint32_t target = takes_sfb ? smem.sfb(0) + 4 * lane : smem.sfa(0) + 4 * row;
+  const uint32_t pitch = params.sfa_pitch;
+  const int rows = params.sfa_pitch - tile.m - lane;  // that there are from the lane's first one on
+  const float* const sfa = params.sfa + tile.m + lane;
+  const float* const sfb = sfb_of(params, tile, min(lane, kTileScaleBlocks - 1));
   int k_block = range.first(tile, params.m);
 #pragma unroll 1
   for (int left = range.count(); left > 0; --left) {
     const int stage = ring.stage();
     const uint32_t full = smem.full(stage);
+    const float* const source = scales_at(sfa, k_block, pitch);
+    const uint32_t target = smem.sfa(stage) + lane * 4;
     mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-    if (copies) {
-      cp_async_4(target + stage * kLayout.scale_bytes(), TileScales::at(source, k_block, pitch));
+#pragma unroll
+    for (int row = 0; row < config::kBlockM; row += 32) {
+      if (row < rows) cp_async_4(target + row * 4, source + row);
     }
-#pragma unroll 1
-    for (uint32_t next = 32 - kTileScaleBlocks + lane; next < scales.rows(); next += 32) {
-      cp_async_4(smem.sfa(stage) + 4 * next,
-                 TileScales::at(scales.sfa(), k_block, scales.pitch()) + next);
-    }
+    if (lane < kTileScaleBlocks) cp_async_4(smem.sfb(stage) + lane * 4, sfb + k_block);
     cp_async_mbarrier_arrive(full);
     k_block = range.next(k_block);
     ring.advance();
@@ -352,7 +335,7 @@ __device__ __forceinline__ void pass_stage(const Smem& smem, const RingPosition&
                                            int arrivals) {
   const int stage = ring.stage();
   mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);
-  for (int i = 0; i < arrivals; ++i) mbarrier_arrive(smem.full(stage));
+  mbarrier_arrive(smem.full(stage), arrivals);
 }
 
 __device__ __forceinline__ void produce_operands(const Smem& smem, const MapsOfA& maps_a,
@@ -378,7 +361,9 @@ __device__ __forceinline__ void produce_operands(const Smem& smem, const MapsOfA
   }
 }
 
-__device__ __forceinline__ void produce_scales(const Smem& smem, const KernelParams& params) {
+__device__ __forceinline__ void produce_scales(const Smem& smem, const TensorMap& map_sfa,
+                                               const KernelParams& params) {
+  if (elect_sync()) prefetch_tensormap(map_sfa);
   Scheduler scheduler(params);
   const int count = scheduler.multiply_count();
   if (elect_sync()) st_shared_s32(smem.tile_count(), count);
@@ -393,8 +378,8 @@ __device__ __forceinline__ void produce_scales(const Smem& smem, const KernelPar
     const bool loads = tile.kind >= kMultiply;
     if (!loads) {
       if (elect_sync()) pass_stage(smem, ring, scale_arrivals(params));
-    } else if (copies_scales_in_bulk(params)) {
-      load_scales_in_bulk(smem, params, range, tile, ring);
+    } else if (copies_by_tma(params, kTilesAreAligned ? 0 : tile.m)) {
+      load_scales(smem, map_sfa, params, range, tile, ring);
     } else {
       load_scales_by_lanes(smem, params, range, tile, ring);
     }
@@ -523,6 +508,7 @@ __device__ __forceinline__ void join_cluster() {
 extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     DG_KERNEL_NAME(const __grid_constant__ dg::MapsOfA maps_a,
                    const __grid_constant__ dg::TensorMap map_b,
+                   const __grid_constant__ dg::TensorMap map_sfa,
                    const __grid_constant__ dg::TensorMap map_d,
                    const __grid_constant__ dg::KernelParams params) {
   using namespace dg;
@@ -563,7 +549,7 @@ extern "C" __global__ void __launch_bounds__(dg::kThreads, 1)
     }
   } else if (warp >= kScaleWarp) {
     join_cluster();
-    produce_scales(smem, params);
+    produce_scales(smem, map_sfa, params);
   } else {
     join_cluster();
     produce_operands(smem, maps_a, map_b, params);

@@ -35,7 +35,6 @@ class Mainloop {
   __device__ MathTile next_tile() {
     acquire();
     const int4 tile = ld_shared_v4_s32(smem_.tile(slot_.next()));
-    sfa_offset_ = tile.x % 4 * 4;
     n_offset_ = (tile.y + column_) % 128;
     // So that ptxas knows that all lanes take the same loop: a wgmma may not be where they diverge.
     if constexpr (kLoops > 1) n_offset_ = __shfl_sync(0xffffffff, n_offset_, 0);
@@ -213,11 +212,12 @@ class Mainloop {
     next_parity_ = ring_.parity();
     next_a_ = a_ + next_stage_ * (kLayout.a_bytes() / 16);
     next_b_ = b_ + next_stage_ * (kLayout.b_bytes() / 16);
-    next_scales_ = next_stage_ * kLayout.scale_bytes();
+    next_sfa_ = sfa_ + next_stage_ * kLayout.sfa_bytes();
+    next_sfb_ = smem_.sfb(next_stage_);
     next_full_ = mbarrier_test_wait(smem_.full(next_stage_), next_parity_);
     ring_.advance();
     // Now, not when they are needed.
-    asm volatile("" : "+r"(next_a_), "+r"(next_b_), "+r"(next_scales_));
+    asm volatile("" : "+r"(next_a_), "+r"(next_b_), "+r"(next_sfa_), "+r"(next_sfb_));
   }
 
   // Waits until the stage that was looked at is in shared memory.
@@ -225,7 +225,8 @@ class Mainloop {
     stage_ = next_stage_;
     stage_a_ = next_a_;
     stage_b_ = next_b_;
-    stage_scales_ = next_scales_;
+    stage_sfa_ = next_sfa_;
+    stage_sfb_ = next_sfb_;
     if (__builtin_expect(!next_full_, false)) {
       mbarrier_wait(smem_.full(next_stage_), next_parity_);
     }
@@ -247,24 +248,23 @@ class Mainloop {
   // Reads the scales of the wave that is issued next. Ahead of it, because ptxas schedules what
   // uses them between the wgmmas and would make the second one wait for shared memory.
   __device__ void read_scales(int wave) {
-    const uint32_t sfa = sfa_ + sfa_offset_ + stage_scales_ + wave * kWgmmaM * 4;
+    const uint32_t sfa = stage_sfa_ + wave * kWgmmaM * 4;
     row_0_ = ld_shared(sfa);
     row_1_ = ld_shared(sfa + 8 * 4);
     if (wave > 0) return;
 #pragma unroll
     for (int i = 0; i < kScaleBlocks; ++i) {
-      columns_[i] = ld_shared(smem_.sfb(0) + sfb_offset_ + stage_scales_ + 4 * i);
+      columns_[i] = ld_shared(stage_sfb_ + sfb_offset_ + 4 * i);
     }
   }
 
   // Those of the next stage's first wave, if it `is_full`.
   __device__ void read_next_scales(bool is_full) {
-    const uint32_t sfa = sfa_ + sfa_offset_ + next_scales_;
-    ld_shared_if(is_full, row_0_, sfa);
-    ld_shared_if(is_full, row_1_, sfa + 8 * 4);
+    ld_shared_if(is_full, row_0_, next_sfa_);
+    ld_shared_if(is_full, row_1_, next_sfa_ + 8 * 4);
 #pragma unroll
     for (int i = 0; i < kScaleBlocks; ++i) {
-      ld_shared_if(is_full, columns_[i], smem_.sfb(0) + sfb_offset_ + next_scales_ + 4 * i);
+      ld_shared_if(is_full, columns_[i], next_sfb_ + sfb_offset_ + 4 * i);
     }
   }
 
@@ -314,23 +314,24 @@ class Mainloop {
   TileSlot slot_;
   const uint32_t a_;  // this warpgroup's rows and columns in stage 0, as descriptors' low words
   const uint32_t b_;
-  const uint32_t sfa_;  // this thread's first row scale in stage 0 of a tile that starts at row 0
+  const uint32_t sfa_;  // this thread's first row scale in stage 0
   const int column_;
   // Of the tile.
-  int sfa_offset_ = 0;  // bytes from the 16-byte boundary that its first row's scale lies at
   int sfb_offset_ = 0;  // bytes to the scale of the warpgroup's first column
   int n_offset_ = 0;    // first column in its block of 128
-  // Of the acquired stage: its number, descriptors of A and B, and bytes to its scales.
+  // Of the acquired stage: its number, descriptors of A and B, and the scales' addresses.
   int stage_ = 0;
   uint32_t stage_a_ = 0;
   uint32_t stage_b_ = 0;
-  uint32_t stage_scales_ = 0;
+  uint32_t stage_sfa_ = 0;
+  uint32_t stage_sfb_ = 0;
   // Of the one after it.
   int next_stage_ = 0;
   uint32_t next_parity_ = 0;
   uint32_t next_a_ = 0;
   uint32_t next_b_ = 0;
-  uint32_t next_scales_ = 0;
+  uint32_t next_sfa_ = 0;
+  uint32_t next_sfb_ = 0;
   bool next_full_ = false;
   // Of the wave issued last or, read ahead, of the next one: SFA of this thread's two rows, SFB of
   // the columns' blocks.

@@ -71,9 +71,11 @@ struct Smem {
     return base + kLayout.b_offset() + stage * kLayout.b_bytes();
   }
   __device__ uint32_t sfa(int stage) const {
-    return base + kLayout.scale_offset() + stage * kLayout.scale_bytes();
+    return base + kLayout.sfa_offset() + stage * kLayout.sfa_bytes();
   }
-  __device__ uint32_t sfb(int stage) const { return sfa(stage) + kLayout.sfb_offset(); }
+  __device__ uint32_t sfb(int stage) const {
+    return base + kLayout.sfb_offset() + stage * kLayout.sfb_bytes();
+  }
   __device__ uint32_t tile(int slot) const { return base + kLayout.tile_offset() + 16 * slot; }
   __device__ uint32_t d(int warpgroup, int wave) const {
     return base + kLayout.d_offset() + (warpgroup * kLayout.waves() + wave) * kLayout.d_bytes();

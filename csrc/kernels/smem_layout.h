@@ -9,7 +9,8 @@
 //              D staging     math_warpgroups x waves x [store_rows x warpgroup_n] bf16, in boxes
 //                            of store_cols columns, swizzled by the width of a box's row
 //              partials      math_warpgroups x (cluster_k - 1) x [store_rows x warpgroup_n] f32
-//              scale ring    num_stages x ([block_m + 4] f32 of SFA, [4] f32 of SFB)
+//              SFA ring      num_stages x [block_m] f32
+//              SFB ring      num_stages x [4] f32
 //              tiles         (num_stages + 1) x [4] i32: what the math warps know of a tile
 //              barriers      full and empty per stage; with split-k one per math warp
 //              tile count    i32: tiles of this CTA that multiply
@@ -107,10 +108,8 @@ struct SmemLayout {
   constexpr int a_bytes() const { return block_m * kBlockK; }
   constexpr int b_bytes() const { return block_n * kBlockK; }
 
-  // SFA is copied from the multiple of 4 rows (16 bytes) at or below the tile's first row.
-  constexpr int sfa_rows() const { return block_m + 4; }
-  constexpr int sfb_offset() const { return sfa_rows() * 4; }
-  constexpr int scale_bytes() const { return sfb_offset() + 16; }
+  constexpr int sfa_bytes() const { return block_m * 4; }
+  constexpr int sfb_bytes() const { return 16; }
   constexpr int d_bytes() const { return store_rows() * warpgroup_n() * 2; }
   constexpr int partial_bytes() const { return store_rows() * warpgroup_n() * 4; }
 
@@ -120,10 +119,11 @@ struct SmemLayout {
   constexpr int partial_offset() const {
     return d_offset() + math_warpgroups * waves() * d_bytes();
   }
-  constexpr int scale_offset() const {
+  constexpr int sfa_offset() const {
     return partial_offset() + math_warpgroups * (cluster_k - 1) * partial_bytes();
   }
-  constexpr int tile_offset() const { return scale_offset() + num_stages * scale_bytes(); }
+  constexpr int sfb_offset() const { return sfa_offset() + num_stages * sfa_bytes(); }
+  constexpr int tile_offset() const { return sfb_offset() + num_stages * sfb_bytes(); }
   constexpr int barrier_offset() const { return tile_offset() + 16 * (num_stages + 1); }
   constexpr int num_barriers() const {
     return 2 * num_stages + (cluster_k > 1 ? 4 * math_warpgroups : 0);

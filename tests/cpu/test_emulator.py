@@ -153,18 +153,18 @@ FAULTS = {
         KERNELS["64x64, a k-block"],
         "of D (is|was)|a deadlock",
     ),
-    "scales are loaded in bulk before their stage is released": Fault(
+    "scales are loaded by TMA before their stage is released": Fault(
         "gemm.cuh",
         "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n"
-        "    if (elect_sync()) {\n      if (scales",
-        "if (elect_sync()) {\n      if (scales",
+        "    if (elect_sync()) {\n      mbarrier_expect_tx(full, bytes);",
+        "if (elect_sync()) {\n      mbarrier_expect_tx(full, bytes);",
         KERNELS["64x64, two stages"],
         "more arrivals|in a later phase|of D is",
     ),
     "scales are loaded by lanes before their stage is released": Fault(
         "gemm.cuh",
-        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n    if (copies) {",
-        "if (copies) {",
+        "mbarrier_wait(smem.empty(stage), ring.parity() ^ 1);\n#pragma unroll\n    for (int row",
+        "#pragma unroll\n    for (int row",
         KERNELS["64x64, two stages"],
         "more arrivals|in a later phase|of D is",
     ),
@@ -184,10 +184,24 @@ FAULTS = {
     ),
     "an arrival too few is expected": Fault(
         "gemm.cuh",
-        "copies_scales_in_bulk(params) ? 1 : 32;",
-        "copies_scales_in_bulk(params) ? 1 : 31;",
+        "copies_by_tma(params, 0) ? 1 : 32;",
+        "copies_by_tma(params, 0) ? 1 : 31;",
         KERNELS["64x64"],
         "more arrivals|in a later phase|a CTA that has ended",
+    ),
+    "scales are copied by TMA from any address": Fault(
+        "gemm.cuh",
+        "(params.sfa_pitch | m) % 4 == 0 && ",
+        "",
+        KERNELS["64x64"],
+        "a load begins inside 16 bytes",
+    ),
+    "scales of a tile that begins at any row are copied by TMA": Fault(
+        "gemm.cuh",
+        "kTilesAreAligned ? 0 : tile.m",
+        "0",
+        KERNELS["ragged, 64x64"],
+        "a load begins inside 16 bytes",
     ),
     "partial sums are overwritten before they are read": Fault(
         "split_k.cuh",

@@ -41,11 +41,11 @@ const Kernel kKernel = {
     dg::kLayout.total_bytes(),
 };
 
-void RunThread(const dg::TensorMap* a, const dg::TensorMap& b, const dg::TensorMap& d,
-               const dg::KernelParams& params) {
+void RunThread(const dg::TensorMap* a, const dg::TensorMap& b, const dg::TensorMap& sfa,
+               const dg::TensorMap& d, const dg::KernelParams& params) {
   dg::MapsOfA maps;
   std::copy_n(a, std::size(maps.map), maps.map);
-  gemm_kernel(maps, b, d, params);
+  gemm_kernel(maps, b, sfa, d, params);
 }
 
 }  // namespace emulator

@@ -31,7 +31,7 @@ struct Kernel {
 extern const Kernel kKernel;
 
 // One thread's way through it; `a`: as many as it takes.
-void RunThread(const dg::TensorMap* a, const dg::TensorMap& b, const dg::TensorMap& d,
-               const dg::KernelParams& params);
+void RunThread(const dg::TensorMap* a, const dg::TensorMap& b, const dg::TensorMap& sfa,
+               const dg::TensorMap& d, const dg::KernelParams& params);
 
 }  // namespace emulator

@@ -212,10 +212,11 @@ void Step() {
 }
 
 void RunCurrent() {
-  dg::TensorMap maps[4];
-  const TensorMap* const modelled[] = {&launch->a[0], &launch->a[1], &launch->b, &launch->d};
-  for (int i = 0; i < 4; ++i) std::memcpy(maps[i].bytes, &modelled[i], sizeof modelled[i]);
-  RunThread(maps, maps[2], maps[3], launch->params);
+  dg::TensorMap maps[5];
+  const TensorMap* const modelled[] = {&launch->a[0], &launch->a[1], &launch->b, &launch->map_sfa,
+                                       &launch->d};
+  for (int i = 0; i < 5; ++i) std::memcpy(maps[i].bytes, &modelled[i], sizeof modelled[i]);
+  RunThread(maps, maps[2], maps[3], maps[4], launch->params);
   CHECK(current->wgmmas.empty() && current->groups.empty(), "a wgmma outlives its thread");
   CHECK(current->stores == 0, "a store outlives its thread");
   current->done = true;
@@ -397,9 +398,11 @@ void ForEachChunk(const TensorMap& map, uint32_t smem, int64_t column_bytes, int
   }
 }
 
-void LoadBox(uint32_t smem, const TensorMap& map, uint32_t barrier, int64_t column_bytes, int64_t y,
+void LoadBox(uint32_t smem, const TensorMap& map, uint32_t barrier, int64_t x, int64_t y,
              unsigned ranks) {
-  CHECK(column_bytes >= 0 && y >= 0, "a load begins before its matrix");
+  const int64_t column_bytes = x * map.element_bytes;
+  CHECK(x >= 0 && y >= 0, "a load begins before its matrix");
+  CHECK(column_bytes % 16 == 0, "a load begins inside 16 bytes");  // an illegal instruction
   const int bytes = map.box_row_bytes * map.box_rows;
   struct Target {
     Cta* cta;
@@ -719,8 +722,9 @@ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   CHECK(is_new, "the mbarrier at %#x is made twice", barrier);
   MaybeYield();
 }
-void mbarrier_arrive(uint32_t barrier) {
-  Arrive(OwnMbarrier(barrier));
+void mbarrier_arrive(uint32_t barrier) { mbarrier_arrive(barrier, 1); }
+void mbarrier_arrive(uint32_t barrier, int arrivals) {
+  for (int i = 0; i < arrivals; ++i) Arrive(OwnMbarrier(barrier));
   MaybeYield();
 }
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
@@ -759,18 +763,6 @@ void tma_load_2d_multicast(uint32_t smem, const TensorMap& map, uint32_t barrier
                            unsigned short mask) {
   LoadBox(smem, Modelled(map), barrier, x, y, mask);
 }
-void bulk_load(uint32_t smem, const void* source, uint32_t bytes, uint32_t barrier) {
-  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0,
-        "a bulk copy of %u bytes from %p", bytes, source);
-  CheckScales(source, bytes);
-  char* const to = Own(smem, bytes, 16);
-  std::memset(to, kPoison, bytes);
-  const Signal signal(barrier, "a bulk copy");
-  Start([=] {
-    std::memcpy(to, source, bytes);
-    signal.Bytes(bytes);
-  });
-}
 void cp_async_4(uint32_t smem, const void* source) {
   CheckScales(source, 4);
   char* const to = Own(smem, 4, 4);
@@ -800,9 +792,10 @@ void tma_store_2d(const TensorMap& opaque, uint32_t smem, int x, int y) {
   Thread* const thread = current;
   ++thread->stores;
   Start([=, &map] {
-    ForEachChunk(map, smem, 2 * int64_t{x}, y, [&](uint32_t from, char* to, int count) {
-      if (to != nullptr) WriteD(to, thread->cta->smem + from, count);
-    });
+    ForEachChunk(map, smem, x * int64_t{map.element_bytes}, y,
+                 [&](uint32_t from, char* to, int count) {
+                   if (to != nullptr) WriteD(to, thread->cta->smem + from, count);
+                 });
     if (--thread->stores > 0 || !thread->waits_for_stores) return;
     thread->waits_for_stores = false;
     runnable.push_back(thread);

@@ -10,7 +10,7 @@
 //   mbarrier     arrivals, bytes, parity waits; operations on one that does not exist, arrivals in
 //                excess, and copies that complete in another phase than they were issued in, are
 //                errors
-//   copies       TMA loads (boxes, swizzle, clipping, multicast) and stores, bulk copies, cp.async
+//   copies       TMA loads (boxes, swizzle, clipping, multicast) and stores, cp.async
 //                and its arrival, st.async, remote arrivals; into CTAs that have ended, or outside
 //                the arrays, they are errors
 //   wgmma        groups that complete at any time between commit_group and the wait_group<N> that
@@ -37,6 +37,7 @@ namespace emulator {
 // A row-major matrix in global memory and the box of it that one TMA instruction moves.
 struct TensorMap {
   char* base;
+  int element_bytes;
   int64_t row_bytes;
   int64_t rows;
   int64_t pitch;  // bytes from one row to the next
@@ -64,6 +65,7 @@ struct Timing {
 struct Launch {
   TensorMap a[2];
   TensorMap b;
+  TensorMap map_sfa;
   TensorMap d;
   dg::KernelParams params;
   Range sfa;

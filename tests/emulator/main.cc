@@ -189,8 +189,13 @@ Timing RandomTiming(std::mt19937_64& rng) {
 }
 
 TensorMap Model(const dg::TensorMapSpec& spec, void* base) {
-  return {static_cast<char*>(base), spec.columns * spec.element_bytes,     spec.rows,
-          spec.pitch_bytes,         spec.box_columns * spec.element_bytes, spec.box_rows,
+  return {static_cast<char*>(base),
+          spec.element_bytes,
+          spec.columns * spec.element_bytes,
+          spec.rows,
+          spec.pitch_bytes,
+          spec.box_columns * spec.element_bytes,
+          spec.box_rows,
           spec.swizzle_bytes};
 }
 
@@ -267,10 +272,11 @@ void RunProblem(int number, int max_m) {
   std::copy(rows.groups.begin(), rows.groups.end(), groups.data());
   std::copy(rows.detail.begin(), rows.detail.end(), detail.data());
 
-  const dg::TensorMapSpecs maps = dg::MakeTensorMapSpecs(gemm, config, kKernel.has_parts);
+  const dg::TensorMapSpecs maps = dg::MakeTensorMapSpecs(gemm, config, kKernel.has_parts, pitch);
   Launch launch = {};
   for (int i = 0; i < maps.num_a; ++i) launch.a[i] = Model(maps.a[i], a.data());
   launch.b = Model(maps.b, b.data());
+  launch.map_sfa = Model(maps.sfa, sfa.data());
   launch.d = Model(maps.d, d.data());
   launch.params.sfa = sfa.data();
   launch.params.sfb = sfb.data();

@@ -98,6 +98,7 @@ inline void fence_proxy_async_shared() {}
 void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 inline void fence_mbarrier_init() {}
 void mbarrier_arrive(uint32_t barrier);
+void mbarrier_arrive(uint32_t barrier, int arrivals);
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes);
 void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes);
 void mbarrier_arrive_remote(uint32_t remote_barrier);
@@ -111,7 +112,6 @@ inline void prefetch_tensormap(const TensorMap&) {}
 void tma_load_2d(uint32_t smem, const TensorMap& map, uint32_t barrier, int x, int y);
 void tma_load_2d_multicast(uint32_t smem, const TensorMap& map, uint32_t barrier, int x, int y,
                            unsigned short mask);
-void bulk_load(uint32_t smem, const void* source, uint32_t bytes, uint32_t barrier);
 void cp_async_4(uint32_t smem, const void* source);
 void cp_async_mbarrier_arrive(uint32_t barrier);
 void tma_store_2d(const TensorMap& map, uint32_t smem, int x, int y);
