@@ -10,13 +10,13 @@ namespace dg {
 
 // The constants, fitted together to sweeps with a cold, clean L2: every named shape on an H100 and
 // on an H200 (180), and on an H200 45 others of 512 to 32768 rows, two thirds of 96 of up to 256,
-// three quarters of 250 drawn at random, and those for the widths 144 and 176. They are what makes
-// the choices right, not measurements: a clock that no GPU has, for one. On an H200, what is
-// selected is 0.9 % slower than the fastest of the timed configurations of named shapes by
-// geometric mean and 9 % at worst, 0.7 and 6 % on those 45, 0.8 and 15 % on the 96, 1.8 and 29 % on
-// the 250, 0.5 and 13 % on the 55 for the widths; on an H100 0.9 and 7 %, by sweeps of older
-// kernels. (Of several heights of swaths, the one closest to today's counts.) benchmarks/results
-// has the sweeps.
+// three quarters of 250 drawn at random, and those for the widths 144 and 176; but those of
+// products that split k to 106 more. They are what makes the choices right, not measurements: a
+// clock that no GPU has, for one. On an H200, what is selected is 0.9 % slower than the fastest of
+// the timed configurations of named shapes by geometric mean and 9 % at worst, 0.7 and 6 % on those
+// 45, 0.8 and 15 % on the 96, 1.8 and 29 % on the 250, 0.5 and 13 % on the 55 for the widths, 1.8
+// and 18 % on the 106; on an H100 0.9 and 7 %, by sweeps of older kernels. (Of several heights of
+// swaths, the one closest to today's counts.) benchmarks/results has the sweeps.
 struct CostModel {
   double clock_ghz = 2.43;               // while multiplying FP8
   double hbm_share = 0.95;               // of the peak, streaming weights
