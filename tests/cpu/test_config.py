@@ -680,7 +680,7 @@ def test_compile_kernel_of_no_kernel(
 def test_smem_bytes_counts_the_rings() -> None:
     # One more stage: A and B in fp8, SFA and SFB in float32, which tile it is, and two barriers.
     deeper = dataclasses.replace(BASE, num_stages=BASE.num_stages + 1)
-    scales = (BASE.block_m + 4) * 4 + 4 * 4
+    scales = BASE.block_m * 4 + 4 * 4
     stage = (BASE.block_m + BASE.block_n) * 128 + scales + 4 * 4 + 2 * 8
     assert smem_bytes(deeper) - smem_bytes(BASE) == stage
     assert jax_deepgemm.smem_bytes is smem_bytes
