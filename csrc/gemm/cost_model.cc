@@ -62,21 +62,18 @@ Distinct DistinctInGpc(const Tiling& tiling, const GemmConfig& config) {
   const int swath_tiles = static_cast<int>(std::min(raster * tiling.columns, tiling.resident));
   const int group_rows = static_cast<int>(std::min(tiling.group_rows, tiling.resident));
   const double rows = std::max(1.0, tiling.tiles / tiling.columns);
-  const int run = config.cluster_size() > 1 ? 1 : kGpcCtas;
   std::vector<int> a;
   std::vector<std::pair<int, int>> b;  // group, column
   size_t distinct_a = 0, distinct_b = 0;
   for (int gpc = 0; gpc < kGpcs; ++gpc) {
     a.clear();
     b.clear();
-    for (int first = gpc * run; first < resident; first += kGpcs * run) {
-      for (int tile = first; tile < std::min(first + run, resident); ++tile) {
-        const int swath = tile / swath_tiles, in_swath = tile % swath_tiles;
-        const int height = static_cast<int>(std::min<double>(raster, rows - swath * raster));
-        const int row = swath * raster + in_swath % height;
-        a.push_back(row);
-        b.emplace_back(row / group_rows, in_swath / height);
-      }
+    for (int tile = gpc; tile < resident; tile += kGpcs) {
+      const int swath = tile / swath_tiles, in_swath = tile % swath_tiles;
+      const int height = static_cast<int>(std::min<double>(raster, rows - swath * raster));
+      const int row = swath * raster + in_swath % height;
+      a.push_back(row);
+      b.emplace_back(row / group_rows, in_swath / height);
     }
     distinct_a += CountDistinct(a);
     distinct_b += CountDistinct(b);

@@ -10,9 +10,10 @@ namespace dg {
 
 // The constants, fitted together to sweeps with a cold, clean L2: every named shape on an H100 and
 // on an H200 (180), and on an H200 45 others of 512 to 32768 rows, two thirds of 96 of up to 256,
-// three quarters of 250 drawn at random, and those for the widths 144 and 176; but those of
-// products that split k to 106 more. They are what makes the choices right, not measurements: a
-// clock that no GPU has, for one. On an H200, what is selected is 0.9 % slower than the fastest of
+// three quarters of 250 drawn at random, and those for the widths 144 and 176. Two of them,
+// split_in_step and exchange_bytes_per_us, were chosen afterwards, the others as they were, for 106
+// more products that may split k. They are what makes the choices right, not measurements: a clock
+// that no GPU has, for one. On an H200, what is selected is 0.9 % slower than the fastest of
 // the timed configurations of named shapes by geometric mean and 9 % at worst, 0.7 and 6 % on those
 // 45, 0.8 and 15 % on the 96, 1.8 and 29 % on the 250, 0.5 and 13 % on the 55 for the widths, 1.8
 // and 18 % on the 106; on an H100 0.9 and 7 %, by sweeps of older kernels. (Of several heights of
@@ -107,14 +108,13 @@ struct Tiling {
   double stage_bytes(const GemmConfig& config) const;
 };
 
-// Of 132 SMs, six GPCs have 16 and two 18. CTAs without clusters are handed out GPC by GPC,
-// clusters by turns (%smid says so).
+// Of 132 SMs, six GPCs have 16 and two 18. Clusters of two are handed out to them by turns, as
+// %smid says; those of four are taken to be, too.
 inline constexpr int kGpcs = 8;
-inline constexpr int kGpcCtas = 16;
 
-// Of the tiles of A and of B that the CTAs of a GPC are asked to multiply in the first round, the
-// part that differ: 1 where each has its own. What a GPC's CTAs ask L2 for at the same time is
-// delivered once.
+// Of the tiles of A and of B that the clusters of a GPC multiply in the first round, the part that
+// differ: 1 where each has its own. What a GPC's CTAs ask L2 for at the same time is delivered
+// once.
 struct Distinct {
   double a;
   double b;

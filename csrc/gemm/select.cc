@@ -42,17 +42,18 @@ int Stages(const GemmProblem& problem, const GemmConfig& config) {
 
 // Tile rows per swath of a dense product that splits k: of powers of two, so that few kernels serve
 // all m, the height for which the CTAs of a GPC ask L2 for the fewest rows of A and B. Of equals
-// the lowest, which was up to 12 % faster than others, but not a single row (where there are more):
+// the lowest, which was up to 18 % faster than others, but not a single row (where there are more):
 // that was up to 28 % slower where B does not stay in L2 until the next row, and 4 to 6 % by mean
 // with two rows of tiles. For the same reason all rows are in one swath where B is too large.
 int SplitKRasterRows(const GemmProblem& problem, GemmConfig config) {
   const Tiling tiling(problem, config);
   const bool stays = tiling.rounds == 1 || double(problem.n) * problem.k <= kKeptWeightBytes;
   const auto most = std::min<double>(tiling.group_rows, kMaxGroupedRasterRows);
+  const double fewest = stays ? std::min(2.0, most) : most;
   double least = std::numeric_limits<double>::infinity();
   int best = 1;
   for (int height = 1; height < 2 * most; height *= 2) {
-    if (height < (stays ? std::min(2.0, most) : most)) continue;
+    if (height < fewest) continue;
     config.raster_m = height;
     const Distinct distinct = DistinctInGpc(tiling, config);
     const double rows = distinct.a * config.block_m + distinct.b * config.block_n;

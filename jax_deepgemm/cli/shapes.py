@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_deepgemm import get_m_alignment_for_contiguous_layout
+from jax_deepgemm.cli.compare import KEY_FIELDS, row_key
 from jax_deepgemm.config import OPS
 
 MAX_SIZE = 2**31 - 65537  # of m, n and k: tile arithmetic is in 32 bits
@@ -196,12 +197,12 @@ def _shapes_of_results(path: Path) -> list[Shape]:
     """What the rows of a results file measure."""
     try:
         rows = json.loads(path.read_text())["rows"]
-        shapes = [Shape(*(row[field] for field in Shape._fields)) for row in rows]
+        shapes = [Shape(*row_key(row)) for row in rows]
     except (OSError, ValueError) as error:  # ValueError: no JSON, or no text
         raise argparse.ArgumentTypeError(f"@{path}: {error}") from error
     except (KeyError, TypeError) as error:
         raise argparse.ArgumentTypeError(
-            f"@{path} is not a results file, whose rows have {', '.join(Shape._fields)}"
+            f"@{path} is not a results file, whose rows have {', '.join(KEY_FIELDS)}"
         ) from error
     return [_parse_shape(str(shape)) for shape in shapes]
 
