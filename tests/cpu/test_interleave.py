@@ -15,6 +15,7 @@ import cuda.pathfinder
 import pytest
 
 from jax_deepgemm.ffi import _native
+from jax_deepgemm.ffi.toolchain import toolchain
 from tests.jit_process import GEMM, nvrtc, run, run_package
 
 # 128 bits, little endian: opcode 11-0, destination 23-16, operands 31-24, 39-32 and 71-64,
@@ -126,7 +127,9 @@ def long_runs(cubin: bytes) -> tuple[bytes, list[dict[str, Any]]]:
 def test_ptxas_alternates_kernels_with_two_math_warpgroups(cubin: bytes) -> None:
     # What the pass is for. A compiler that no longer does has to be measured anew.
     _, runs = long_runs(cubin)
-    assert [ffmas["length"] for ffmas in runs] == [64, 63]
+    newer = {"13.5": [64, 62]}  # NVRTC 13.5 puts one more instruction among a loop's additions
+    lengths = newer.get(toolchain().version, [64, 63])
+    assert [ffmas["length"] for ffmas in runs] == lengths
     for ffmas in runs:
         assert 0.4 < ffmas["yield_before"] / ffmas["length"] < 0.6
 
