@@ -524,15 +524,7 @@ class Partitioning(NamedTuple):
         sizes = dimension_sizes(self.dimensions, [t.shape for t in types])
         specs = [t.sharding.spec for t in types]
         plan = explicit_plan(self.function, self.dimensions, specs, sizes, mesh.shape, self.m_unit)
-        in_specs = operand_specs(self.dimensions, plan, sizes, mesh.shape)
-        resharded = [
-            jax.sharding.reshard(operand, NamedSharding(mesh, spec))
-            for operand, spec in zip(operands, in_specs, strict=True)
-        ]
-        if not any(plan.values()):
-            return bind(*resharded, **parameters)
-
-        split = _explicit_call(
+        call = _explicit_call(
             self,
             bind,
             mesh,
@@ -540,7 +532,7 @@ class Partitioning(NamedTuple):
             tuple(sizes.items()),
             tuple(sorted(parameters.items())),
         )
-        return split(*resharded)
+        return call(*operands)
 
 
 @functools.lru_cache(maxsize=4096)  # one function for one call, so that it is compiled once
@@ -552,8 +544,9 @@ def _explicit_call(
     size_items: tuple[tuple[str, int], ...],
     parameters: tuple[tuple[str, Any], ...],
 ) -> Callable[..., jax.Array]:
-    """The operation on operands split by this plan, under the types of an explicit mesh."""
+    """The operation under the types of an explicit mesh: its operands become split as planned."""
     dimensions, plan, sizes = partitioning.dimensions, dict(plan_items), dict(size_items)
+    in_specs = tuple(operand_specs(dimensions, plan, sizes, mesh.shape))
 
     def part(*shards: jax.Array) -> jax.Array:
         return compute(
@@ -568,15 +561,27 @@ def _explicit_call(
             partitioning.check,
         )
 
-    split = jax.shard_map(
-        part,
-        mesh=mesh,
-        in_specs=tuple(operand_specs(dimensions, plan, sizes, mesh.shape)),
-        out_specs=result_spec(dimensions, plan),
-        # Only over the axes that it is split over: `jax.vmap` may keep another one for the batch.
-        axis_names={axis for axes in plan.values() for axis in axes},
-    )
-    return jax.jit(split)  # op by op, JAX 0.11.2 crashes on some operations of a shard_map
+    def call(*operands: jax.Array) -> jax.Array:
+        resharded = [
+            jax.sharding.reshard(operand, NamedSharding(mesh, spec))
+            for operand, spec in zip(operands, in_specs, strict=True)
+        ]
+        if not any(plan.values()):
+            return bind(*resharded, **dict(parameters))
+        split = jax.shard_map(
+            part,
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=result_spec(dimensions, plan),
+            # Only over the axes that it is split over: `jax.vmap` may keep another for the batch.
+            axis_names={axis for axes in plan.values() for axis in axes},
+        )
+        d: jax.Array = split(*resharded)
+        return d
+
+    # Op by op, JAX 0.11.2 crashes on some operations of a shard_map, and an operand that is on no
+    # mesh cannot be resharded; together with one that is on the mesh, it can.
+    return jax.jit(call)
 
 
 def _replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

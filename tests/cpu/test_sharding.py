@@ -827,6 +827,30 @@ def test_explicit_mesh_without_a_context(op: str) -> None:
     assert jax.typeof(d).sharding.spec == spec(letters, {"n": "y"})
 
 
+@pytest.mark.parametrize("plan", [{}, {"m": "x"}, {"n": "y"}], ids=["whole", "m", "n"])
+@pytest.mark.parametrize("on_mesh", [0, 2], ids=["a", "b"])
+@pytest.mark.parametrize("op", DIMENSIONS)
+def test_explicit_mesh_of_some_operands(op: str, on_mesh: int, plan: Plan) -> None:
+    """Others are on no mesh: arrays that nobody placed, and NumPy's."""
+    case = make(op, ROWS[op], 256, 256)
+    placed = case.put(mesh_of(AxisType.Explicit, x=4, y=2), plan)
+    for elsewhere in (jnp.asarray, np.asarray):
+        operands = [elsewhere(operand) for operand in case.operands]
+        operands[on_mesh : on_mesh + 2] = placed[on_mesh : on_mesh + 2]
+        d = case.function(*operands)
+        case.check(d)
+        letters, result = DIMENSIONS[op]
+        kept = {name: axis for name, axis in plan.items() if name in letters[on_mesh]}
+        assert jax.typeof(d).sharding.spec == spec(result, kept)
+
+
+def test_explicit_mesh_of_all_but_the_group_offset() -> None:
+    """An int becomes an array that is on no mesh."""
+    case = make("ragged", ROWS["ragged"], 64, 256)
+    a, sfa, b, sfb, sizes = case.put(mesh_of(AxisType.Explicit, x=4, y=2), {"m": "x"})
+    case.check(jax_deepgemm.m_grouped_gemm_fp8_fp8_bf16_nt_ragged((a, sfa), (b, sfb), sizes, 0))
+
+
 def test_explicit_mesh_lowers_one_call_per_device() -> None:
     case = make("dense", 64, 1024, 1024)
     mesh = mesh_of(AxisType.Explicit, x=4, y=2)
