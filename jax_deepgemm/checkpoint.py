@@ -172,8 +172,15 @@ class Checkpoint:
 
         Raises:
             KeyError: there is no such tensor.
+            TypeError: it is of a 64-bit type, and jax_enable_x64 is off.
         """
         tensor = self._find("Checkpoint.load", name)
+        # JAX would cut its values off to 32 bits in silence.
+        if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+            raise TypeError(
+                f"Checkpoint.load: {name} must be of at most 32 bits where jax_enable_x64 is off, "
+                f"got {tensor.dtype}{list(tensor.shape)}: read() returns it as a NumPy array"
+            )
         return _make(tensor.shape, sharding, lambda index: self.read(name, index))
 
     def load_quantized(
@@ -236,6 +243,8 @@ class Checkpoint:
             KeyError, TypeError, ValueError: as for `load_quantized`.
         """
         templates = [name] if isinstance(name, str) else list(name)
+        if not templates:
+            raise ValueError("Checkpoint.load_experts: name must not be empty")
         for template in templates:
             if template.count("{}") != 1:
                 raise ValueError(

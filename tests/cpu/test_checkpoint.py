@@ -415,6 +415,29 @@ def test_other_arrays(tmp_path: pathlib.Path, array: Any) -> None:
 # --- Powers of two -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    "array",
+    [np.array([2**40 + 5, 1]), np.array([1.0, 1e300]), np.array([2**63], np.uint64)],
+    ids=["int64", "float64", "uint64"],
+)
+def test_64_bits_are_never_cut_off(
+    tmp_path: pathlib.Path, mesh: jax.sharding.Mesh, array: Any, sharded: bool
+) -> None:
+    save_checkpoint(tmp_path, {"counts": array})
+    sharding = NamedSharding(mesh, P()) if sharded else None
+    with Checkpoint(tmp_path) as opened:
+        with pytest.raises(TypeError) as raised:
+            opened.load("counts", sharding=sharding)
+        assert str(raised.value) == (
+            "Checkpoint.load: counts must be of at most 32 bits where jax_enable_x64 is off, "
+            f"got {array.dtype}[{len(array)}]: read() returns it as a NumPy array"
+        )
+        assert bits(opened.read("counts")) == bits(array)
+        with jax.enable_x64(True):
+            assert bits(opened.load("counts", sharding=sharding)) == bits(array)
+
+
 def test_ue8m0_scales_come_back_as_float32(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
     model = two_layers(power_of_two=True)
     save_checkpoint(tmp_path, model, scale_format="ue8m0")
@@ -666,8 +689,9 @@ def test_experts_need_a_place_for_their_number(tmp_path: pathlib.Path) -> None:
             ValueError, match=r"once, for the expert's number, got 'l\.\{\}\.e\.\{\}'"
         ):
             opened.load_experts("l.{}.e.{}", [0, 1])
-        with pytest.raises(ValueError, match="name must not be empty"):
-            opened.load_quantized([])
+        for load in (opened.load_quantized, lambda names: opened.load_experts(names, [0])):
+            with pytest.raises(ValueError, match="name must not be empty"):
+                load([])
 
 
 def test_writer_refuses_one_name_twice(tmp_path: pathlib.Path) -> None:
