@@ -37,6 +37,7 @@ from jax_deepgemm.ffi.primitive import (
     refuse_unreduced,
     varying_axes,
 )
+from jax_deepgemm.operands import check_static
 from jax_deepgemm.reference import BLOCK
 
 Shape = tuple[int, ...]
@@ -285,6 +286,7 @@ def _declare(op: str) -> Callable[..., Arrays]:
             for operand, axis in zip(operands, axes, strict=True)
             if axis is not None
         }
+        check_static(op, batch=size)
         batched = [
             jnp.broadcast_to(operand, (size, *operand.shape))
             if axis is None

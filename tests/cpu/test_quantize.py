@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_deepgemm import quantize
+from jax_deepgemm import quantize, quantize_call
 from jax_deepgemm.quantize import Quantized, quantize_per_block, quantize_per_token
 from tests import numerics
 
@@ -304,6 +305,15 @@ def test_bad_input_raises_while_tracing(name, shape, dtype, exception):
 def test_x_that_is_no_array_of_numbers_raises(name, x, message):
     with pytest.raises(TypeError, match=rf"^{name}: x must be {message}(\n|$)"):
         getattr(quantize, name)(x)
+
+
+@pytest.mark.parametrize("name", quantize_call.OPS)
+def test_symbolic_batch_is_refused_while_tracing(name):
+    (batch,) = export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 16, 256), jnp.float32)
+    with pytest.raises(ValueError) as raised:
+        jax.jit(jax.vmap(getattr(quantize, name))).trace(x)
+    assert str(raised.value) == f"{name}: batch must be static, got batch"
 
 
 def test_no_dtype_raises():
