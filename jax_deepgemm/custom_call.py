@@ -132,6 +132,7 @@ def options(
     *,
     expected_m: int | None = None,
     batch_invariant: bool = False,
+    num_sms: int | None = None,
 ) -> dict[str, Any]:
     """Returns a primitive's parameters, or raises in the name of `function` if no kernel fits.
 
@@ -142,9 +143,11 @@ def options(
         config: the caller's kernel, None for the selected one.
         expected_m: the hint of the masked operation.
         batch_invariant: whether the kernel is to be one whose results do not depend on m.
+        num_sms: the limit on SMs that an earlier call returned, None for today's.
     """
     num_groups = sizes.get("num_groups", 1)
-    num_sms = num_sms_limit()
+    if num_sms is None:
+        num_sms = num_sms_limit()
     problem = check_problem(
         function,
         sizes["m"] if "m" in sizes else num_groups * sizes["max_m"],
@@ -168,5 +171,11 @@ def options(
 
 def check_options(function: str, op: str, sizes: Sizes, parameters: dict[str, Any]) -> None:
     """Raises if no kernel fits a larger problem with the parameters that `options` returned."""
-    invariant = parameters["batch_invariant"]
-    options(function, op, sizes, parameters["config"], batch_invariant=invariant)
+    options(
+        function,
+        op,
+        sizes,
+        parameters["config"],
+        batch_invariant=parameters["batch_invariant"],
+        num_sms=parameters["num_sms"],
+    )

@@ -80,7 +80,8 @@ def _fold(
             parameters["config"],
             expected_m=max(1, m_all),
             batch_invariant=parameters["batch_invariant"],
-        ) | {"num_sms": parameters["num_sms"]}
+            num_sms=parameters["num_sms"],
+        )
         counts = jnp.full((num_groups,), m_all, jnp.int32)
         d = masked.here(*stacked, counts, fill_zero=False, **grouped)
     else:

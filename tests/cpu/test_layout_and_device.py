@@ -217,6 +217,25 @@ def test_traced_function_keeps_the_limit_it_saw() -> None:
     assert limit_in(second) == "num_sms = 66 : i64"
 
 
+def test_traced_batch_keeps_the_limit_it_saw() -> None:
+    """Its configuration, too, is checked for the SMs of that time."""
+    config = jax_deepgemm.GemmConfig(64, 64, 4, 1, cluster_k=4)
+
+    def gemm(a: Any, sfa: Any, b: Any, sfb: Any) -> jax.Array:
+        return jax_deepgemm.gemm_fp8_fp8_bf16_nt((a, sfa), (b, sfb), config=config)
+
+    operands = numerics.dense_operands(16, 128, 512, seed=1)
+    traced = []
+    for axes in ((0, 0, None, None), (None, None, 0, 0), (0, 0, 0, 0)):
+        batched = [
+            x if axis is None else np.stack([x] * 4) for x, axis in zip(operands, axes, strict=True)
+        ]
+        traced.append(jax.jit(jax.vmap(gemm, in_axes=axes)).trace(*batched))
+    jax_deepgemm.set_num_sms(1)
+    for each in traced:
+        assert "num_sms = 0 : i64" in each.lower(lowering_platforms=("cuda",)).as_text()
+
+
 # --- Backend -------------------------------------------------------------------------------------
 
 
