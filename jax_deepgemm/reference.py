@@ -156,7 +156,7 @@ def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
     Returns:
         bfloat16[num_groups, max_m, n].
     """
-    row = jnp.arange(a.shape[1])[:, None]
+    row = jnp.arange(a.shape[1], dtype=jnp.int32)[:, None]
 
     def multiply(group: tuple[jax.Array, ...]) -> jax.Array:
         a_bytes, sfa, b_bytes, sfb, count = group

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_deepgemm import reference
-from tests import numerics
+from tests import grouped_cases, numerics
 
 gemm = jax.jit(reference.gemm_fp8_fp8_bf16_nt)
 
@@ -80,6 +80,16 @@ def test_dense_keeps_bad_values_in_their_row_and_column(bad):
     hit[[3, 5], :] = hit[:, 260] = hit[:, 128:256] = True
     assert not np.isfinite(d[hit]).any()
     np.testing.assert_array_equal(d[~hit], np.asarray(gemm(*clean)).astype(np.float64)[~hit])
+
+
+def test_masked_promotes_no_type():
+    problem = grouped_cases.Problem("masked", 3, 9, 24, 144)
+    operands = problem.operands(seed=4)
+    counts = np.array([9, 0, 5], np.int32)
+    expected = reference.m_grouped_gemm_fp8_fp8_bf16_nt_masked(*operands, counts)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        d = reference.m_grouped_gemm_fp8_fp8_bf16_nt_masked(*operands, counts)
+    np.testing.assert_array_equal(d, expected)
 
 
 def test_ends_of_groups_stop_at_m():
