@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jax_deepgemm.arguments import is_array
 from jax_deepgemm.gemm import gemm_fp8_fp8_bf16_nt
-from jax_deepgemm.operands import Operand, describe
+from jax_deepgemm.operands import Operand, describe, unconverted
 from jax_deepgemm.quantize import quantize_per_block, quantize_per_token
 from jax_deepgemm.quantized_array import QuantizedArray
 
@@ -48,13 +48,13 @@ def linear(x: ArrayLike, weight: Operand, bias: ArrayLike | None = None) -> jax.
     if bias is not None:
         if not is_array(bias):
             raise TypeError(f"linear: bias must be an array [{n}], got {type(bias).__name__}")
-        bias = jnp.asarray(bias)
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise TypeError(f"linear: bias must be floating point [{n}], got {describe(bias)}")
-        if bias.shape != (n,):
-            raise ValueError(f"linear: bias must be [{n}] (n), got {describe(bias)}")
+        given = unconverted(bias)
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            raise TypeError(f"linear: bias must be floating point [{n}], got {describe(given)}")
+        if given.shape != (n,):
+            raise ValueError(f"linear: bias must be [{n}] (n), got {describe(given)}")
         # With as many dimensions: JAX may be told to refuse arrays of fewer.
-        bias = jnp.expand_dims(bias.astype(jnp.float32), range(d.ndim - 1))
+        bias = jnp.expand_dims(jnp.asarray(given, jnp.float32), range(d.ndim - 1))
         d = (d.astype(jnp.float32) + bias).astype(jnp.bfloat16)
     return d.reshape(n) if x.ndim == 1 else d
 

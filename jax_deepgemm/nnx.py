@@ -59,7 +59,7 @@ class Linear(nnx.Module):  # type: ignore[misc, unused-ignore]
         if weight is None:
             weight = QuantizedArray(
                 jnp.zeros((out_features, in_features), jnp.float8_e4m3fn),
-                jnp.ones((-(-out_features // BLOCK), -(-in_features // BLOCK))),
+                jnp.ones((-(-out_features // BLOCK), -(-in_features // BLOCK)), jnp.float32),
             )
         if not isinstance(weight, tuple | list) or len(weight) != 2:
             raise TypeError(

@@ -51,7 +51,7 @@ def check_pairs(
         sizes[f"ceil({size}/{BLOCK})"] = -(-sizes[size] // BLOCK)
     check_array(function, "sfa", sfa, ("float32",), (*rows, "ceil(k/128)"), sizes)
     check_array(function, "sfb", sfb, ("float32",), (*groups, "ceil(n/128)", "ceil(k/128)"), sizes)
-    return (a, sfa, b, sfb), sizes
+    return (jnp.asarray(a), jnp.asarray(sfa), jnp.asarray(b), jnp.asarray(sfb)), sizes
 
 
 def check_array(
@@ -123,10 +123,21 @@ def values_are_checked() -> bool:
 
 def describe(array: Any) -> str:
     """The array's type as messages show it, for example "int32[16, 3]"."""
-    return f"{array.dtype.name}[{', '.join(map(str, array.shape))}]"
+    # Of the other byte order NumPy's types have the same name.
+    name = array.dtype.name if getattr(array.dtype, "isnative", True) else array.dtype.str
+    return f"{name}[{', '.join(map(str, array.shape))}]"
 
 
-def _pair(function: str, argument: str, form: str, pair: Any) -> tuple[jax.Array, jax.Array]:
+def unconverted(array: Any) -> Any:
+    """Returns an array whose dtype is what the caller gave.
+
+    `jnp.asarray` makes float64 float32 in silence, and refuses types that are NumPy's alone in
+    JAX's words: it is for what has been checked, or says its dtype in another way than NumPy.
+    """
+    return array if isinstance(array.dtype, np.dtype) else jnp.asarray(array)
+
+
+def _pair(function: str, argument: str, form: str, pair: Any) -> tuple[Any, Any]:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(
             f"{function}: {argument} must be a pair {form} of values and scales, "
@@ -137,4 +148,4 @@ def _pair(function: str, argument: str, form: str, pair: Any) -> tuple[jax.Array
             raise TypeError(
                 f"{function}: {argument} must be a pair {form} of arrays, got {type(part).__name__}"
             )
-    return jnp.asarray(pair[0]), jnp.asarray(pair[1])
+    return unconverted(pair[0]), unconverted(pair[1])

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jax_deepgemm import reference
 from jax_deepgemm.arguments import is_array
+from jax_deepgemm.operands import Operand, describe, unconverted
 from jax_deepgemm.reference import BLOCK
 
 _NO_ARITHMETIC = "a QuantizedArray has no arithmetic: call its dequantize() first"
@@ -98,7 +99,7 @@ def block_shape(function: str, values: Any, scales: Any) -> tuple[int, int]:
     )
 
 
-def dequantize(quantized: tuple[jax.Array, jax.Array], dtype: DTypeLike = jnp.float32) -> jax.Array:
+def dequantize(quantized: Operand, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Returns values * scales, computed in float32 and rounded once, to `dtype`.
 
     Args:
@@ -127,17 +128,17 @@ def dequantize(quantized: tuple[jax.Array, jax.Array], dtype: DTypeLike = jnp.fl
                 f"{name}: quantized must be a pair (values, scales) of arrays, "
                 f"got {type(part).__name__}"
             )
-    values, scales = jnp.asarray(values), jnp.asarray(scales)
-    if values.dtype not in (jnp.float8_e4m3fn, jnp.float8_e5m2) or values.ndim < 2:
+    values, scales = unconverted(values), unconverted(scales)
+    if values.dtype not in (jnp.float8_e4m3fn, jnp.float8_e5m2) or len(values.shape) < 2:
         raise TypeError(
             f"{name}: values must be float8_e4m3fn or float8_e5m2 [..., rows, k], "
-            f"got {values.dtype}{list(values.shape)}"
+            f"got {describe(values)}"
         )
     if scales.dtype != jnp.float32:
-        raise TypeError(f"{name}: scales must be float32, got {scales.dtype}{list(scales.shape)}")
+        raise TypeError(f"{name}: scales must be float32, got {describe(scales)}")
     rows, _ = block_shape(name, values, scales)
     function = reference.dequantize_per_token if rows == 1 else reference.dequantize_per_block
-    return function(values, scales).astype(dtype)
+    return function(jnp.asarray(values), jnp.asarray(scales)).astype(dtype)
 
 
 def quantized_sharding(
@@ -160,8 +161,8 @@ def quantized_sharding(
     Raises:
         TypeError: sharding is no NamedSharding.
         ValueError: a shard would end within a block
-            ("quantized_sharding: shards of rows must be a multiple of 128 ..., got 64"), or the
-            shape has fewer than two dimensions.
+            ("quantized_sharding: shards of rows must be a multiple of 128 ..., got 64"), the
+            shape has fewer than two dimensions, or block_rows is neither 1 nor 128.
     """
     if not isinstance(sharding, NamedSharding):
         raise TypeError(
@@ -171,6 +172,8 @@ def quantized_sharding(
         raise ValueError(
             f"quantized_sharding: shape must be that of values [..., rows, k], got {list(shape)}"
         )
+    if block_rows not in (1, BLOCK):
+        raise ValueError(f"quantized_sharding: block_rows must be 1 or {BLOCK}, got {block_rows!r}")
     local = sharding.shard_shape(shape)
     for axis, (name, block) in enumerate((("rows", block_rows), ("k", BLOCK)), start=-2):
         if local[axis] != shape[axis] and local[axis] % block:

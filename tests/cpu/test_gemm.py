@@ -278,6 +278,36 @@ def test_bad_array(
     check(wrap(flat)(*operands), operands)
 
 
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            {"sfa": np.full((M, 2), 1e300)},
+            "sfa must be float32[16, 2] (m, ceil(k/128)), got float64[16, 2]",
+        ),
+        (
+            {"a": zeros(object, M, K)},
+            "a must be float8_e4m3fn[m, k] or float8_e5m2[m, k] (m, k), got object[16, 144]",
+        ),
+        (
+            {"sfb": zeros([("scale", F32)], 2, 2)},
+            "sfb must be float32[2, 2] (ceil(n/128), ceil(k/128)), got void32[2, 2]",
+        ),
+        (
+            {"sfb": zeros(">f4", 2, 2)},
+            "sfb must be float32[2, 2] (ceil(n/128), ceil(k/128)), got >f4[2, 2]",
+        ),
+    ],
+    ids=["float64", "objects", "structs", "big-endian"],
+)
+def test_numpy_array_of_a_type_that_jax_lacks(
+    bad: dict[str, Any], message: str, operands: numerics.DenseOperands
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        flat(**(operands._asdict() | bad))
+    assert str(raised.value) == f"{OP}: {message}"
+
+
 BAD_PAIRS = {
     "array": (jnp.zeros((2, 16)), "values and scales, got ArrayImpl"),
     "numpy-array": (np.zeros((2, 16)), "values and scales, got ndarray"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
@@ -109,12 +110,27 @@ def test_dequantize(name: str, fp8: str, shape: tuple[int, ...]) -> None:
         (
             (np.ones((2, 128)), np.ones((2, 1))),
             TypeError,
-            "values must be float8_e4m3fn or .*float32",
+            "values must be float8_e4m3fn or .*float64",
         ),
         (
             (jnp.zeros((2, 128), "float8_e4m3fn"), jnp.ones((2, 1), jnp.bfloat16)),
             TypeError,
             r"scales must be float32, got bfloat16\[2, 1\]",
+        ),
+        (
+            (np.zeros((2, 128), ml_dtypes.float8_e4m3fn), np.ones((2, 1))),
+            TypeError,
+            r"scales must be float32, got float64\[2, 1\]",
+        ),
+        (
+            (np.zeros((2, 128), object), np.ones((2, 1), np.float32)),
+            TypeError,
+            r"values must be float8_e4m3fn or .*, got object\[2, 128\]",
+        ),
+        (
+            (np.zeros((2, 128), ml_dtypes.float8_e4m3fn), np.ones((2, 1), ">f4")),
+            TypeError,
+            r"scales must be float32, got >f4\[2, 1\]",
         ),
         (
             (jnp.zeros((3, 256, 128), "float8_e4m3fn"), jnp.ones((3, 1, 1))),
@@ -123,7 +139,16 @@ def test_dequantize(name: str, fp8: str, shape: tuple[int, ...]) -> None:
             r"\[3, 2, 1\] \(128 x 128 blocks\), got \[3, 1, 1\]",
         ),
     ],
-    ids=["array", "numbers", "float-values", "bf16-scales", "shape"],
+    ids=[
+        "array",
+        "numbers",
+        "float-values",
+        "bf16-scales",
+        "float64-scales",
+        "objects",
+        "big-endian",
+        "shape",
+    ],
 )
 def test_dequantize_of_something_else(quantized: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=f"^dequantize: {message}"):
@@ -142,6 +167,9 @@ def test_sharding_of_a_pair(mesh: jax.sharding.Mesh) -> None:
         quantized_sharding(NamedSharding(mesh, P(None, "x")), (128, 256))
     tokens = quantized_sharding(NamedSharding(mesh, P("x")), (8, 256), block_rows=1)
     assert tokens.scales.spec == P("x")
+    for block_rows in (0, 64, -1):
+        with pytest.raises(ValueError, match=rf"block_rows must be 1 or 128, got {block_rows}$"):
+            quantized_sharding(NamedSharding(mesh, P("x")), (256, 256), block_rows)
     with pytest.raises(TypeError, match=r"must be a NamedSharding, got SingleDeviceSharding$"):
         quantized_sharding(SingleDeviceSharding(jax.devices()[0]), q.shape)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be that of values \[..., rows, k\], got \[256\]$"):
@@ -234,11 +262,17 @@ def test_linear(batch: tuple[int, ...], with_bias: bool) -> None:
             TypeError,
             r"linear: bias must be floating point \[136\]",
         ),
+        (
+            np.ones(272),
+            np.ones(136, object),
+            TypeError,
+            r"linear: bias must be floating point \[136\], got object\[136\]",
+        ),
         (np.ones(272), 3.0, TypeError, r"linear: bias must be an array \[136\], got float"),
         (np.ones(256), None, ValueError, r"gemm_fp8_fp8_bf16_nt: b must be .*\[n, 256\]"),
         (np.ones(272, int), None, TypeError, r"quantize_per_token: x must be"),
     ],
-    ids=["scalar", "bias-size", "bias-type", "bias-number", "k", "integers"],
+    ids=["scalar", "bias-size", "bias-type", "bias-objects", "bias-number", "k", "integers"],
 )
 def test_linear_refuses(x: Any, bias: Any, kind: type[Exception], message: str) -> None:
     weight = jax_deepgemm.quantize_per_block(normal(136, 272))
@@ -278,6 +312,8 @@ def test_flax_nnx_from_a_checkpoint_weight() -> None:
     same(layer(normal(4, 272)), linear(normal(4, 272), weight))
     assert not np.asarray(dg_nnx.Linear(272, 136)(normal(4, 272))).any()
     same(dg_nnx.Linear(272, 136, use_bias=False, weight=tuple(weight)).weight, weight)
+    with jax.enable_x64(True):
+        assert dg_nnx.Linear(272, 136).weight.scales.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
