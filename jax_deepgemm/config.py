@@ -1,7 +1,7 @@
 """Kernel configurations and their selection."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS, boolean, integer
 from jax_deepgemm.ffi import _native
@@ -23,7 +23,7 @@ class GemmConfig:
 
     Attributes:
         block_m: rows of D per tile: 64, 128 or 256.
-        block_n: columns of D per tile: a multiple of 8 up to 256.
+        block_n: columns of D per tile: a multiple of 8 from 16 to 256.
         num_stages: depth of the shared-memory ring, in k-blocks of 128.
         math_warpgroups: warpgroups of 128 threads that multiply (1 or 2), beside the producers.
         cluster_m: CTAs along m (1 or 2) that share B by TMA multicast.
@@ -87,15 +87,15 @@ _ROOMY_PROBLEM = Problem(op=0, num_groups=1, m=1, expected_m=0, n=8, k=4 * 128, 
 
 
 def select_config(
-    m: int,
-    n: int,
-    k: int,
+    m: SupportsIndex,
+    n: SupportsIndex,
+    k: SupportsIndex,
     *,
-    num_sms: int = H100_SMS,
-    memory_gbs: int = H100_MEMORY_GBS,
+    num_sms: SupportsIndex = H100_SMS,
+    memory_gbs: SupportsIndex = H100_MEMORY_GBS,
     op: str = "dense",
-    num_groups: int = 1,
-    expected_m: int | None = None,
+    num_groups: SupportsIndex = 1,
+    expected_m: SupportsIndex | None = None,
     batch_invariant: bool = False,
 ) -> GemmConfig:
     """Returns the configuration that an operation of this shape runs with.
@@ -134,15 +134,15 @@ def select_config(
 
 
 def legal_configs(
-    m: int,
-    n: int,
-    k: int,
+    m: SupportsIndex,
+    n: SupportsIndex,
+    k: SupportsIndex,
     *,
-    num_sms: int = H100_SMS,
-    memory_gbs: int = H100_MEMORY_GBS,
+    num_sms: SupportsIndex = H100_SMS,
+    memory_gbs: SupportsIndex = H100_MEMORY_GBS,
     op: str = "dense",
-    num_groups: int = 1,
-    expected_m: int | None = None,
+    num_groups: SupportsIndex = 1,
+    expected_m: SupportsIndex | None = None,
     batch_invariant: bool = False,
 ) -> list[GemmConfig]:
     """Returns the configurations that `select_config` chooses among, in a fixed order.
@@ -195,16 +195,16 @@ def smem_bytes(config: GemmConfig) -> int:
 
 def check_problem(
     function: str,
-    m: int,
-    n: int,
-    k: int,
-    num_sms: int,
+    m: SupportsIndex,
+    n: SupportsIndex,
+    k: SupportsIndex,
+    num_sms: SupportsIndex,
     *,
     op: str = "dense",
-    num_groups: int = 1,
-    expected_m: int | None = None,
+    num_groups: SupportsIndex = 1,
+    expected_m: SupportsIndex | None = None,
     batch_invariant: bool = False,
-    memory_gbs: int = H100_MEMORY_GBS,
+    memory_gbs: SupportsIndex = H100_MEMORY_GBS,
 ) -> Problem:
     """Returns the problem, or raises in the name of `function` if no kernel computes it.
 
@@ -228,11 +228,11 @@ def check_problem(
     if expected_m is not None:
         if op != "masked":
             raise ValueError(f'{function}: expected_m is for op "masked", not for "{op}"')
-        expected_m = integer(function, "expected_m", expected_m, bits=64)
-        if expected_m < 1:
-            raise ValueError(f"{function}: expected_m must be at least 1, got {expected_m}")
+        hint = integer(function, "expected_m", expected_m, bits=64)
+        if hint < 1:
+            raise ValueError(f"{function}: expected_m must be at least 1, got {hint}")
         max_m = problem.m // max(1, problem.num_groups)
-        problem = problem._replace(expected_m=max(1, min(expected_m, max_m)))
+        problem = problem._replace(expected_m=max(1, min(hint, max_m)))
     if why := _native.why_unsupported(problem):
         raise ValueError(f"{function}: {why}")
     return problem

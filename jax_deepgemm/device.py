@@ -1,6 +1,6 @@
 """The device: which lowering runs on it, and how many of its SMs kernels may use."""
 
-from typing import TypedDict
+from typing import SupportsIndex, TypedDict
 
 import jax
 
@@ -46,7 +46,7 @@ def backend() -> str:
 _num_sms_limit = 0  # 0: no limit
 
 
-def set_num_sms(num_sms: int) -> None:
+def set_num_sms(num_sms: SupportsIndex) -> None:
     """Limits the SMs that kernels use, for example to leave some to a communication kernel.
 
     Operations read the limit when they are traced: a function that `jax.jit` has traced keeps the
@@ -59,11 +59,11 @@ def set_num_sms(num_sms: int) -> None:
         TypeError: num_sms is no integer.
         ValueError: num_sms is not positive, or does not fit into 32 bits.
     """
-    num_sms = integer("set_num_sms", "num_sms", num_sms, bits=32)
-    if num_sms < 1:
-        raise ValueError(f"set_num_sms: num_sms must be at least 1, got {num_sms}")
+    limit = integer("set_num_sms", "num_sms", num_sms, bits=32)
+    if limit < 1:
+        raise ValueError(f"set_num_sms: num_sms must be at least 1, got {limit}")
     global _num_sms_limit
-    _num_sms_limit = num_sms
+    _num_sms_limit = limit
 
 
 def get_num_sms() -> int:

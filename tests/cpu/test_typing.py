@@ -55,6 +55,9 @@ reveal_type(layer.weight)
 scales: jax.Array = stored.weight.scales
 if stored.bias is None:
     y: jax.Array = stored(tokens[1])
+floats: jax.Array = dg.dequantize((tokens[0], tokens[0]), jnp.bfloat16)
+dg.set_num_sms(np.int64(66))
+config = dg.select_config(np.int64(64), 256, 512, num_groups=np.int32(4), op="ragged")
 where: str = dg.backend()
 sms: int = dg.get_num_sms()
 """
@@ -68,6 +71,8 @@ dg.m_grouped_gemm_fp8_fp8_bf16_nt_masked((1, 2), (3, 4), 5, 6, fill="nothing")
 dg.get_num_sms().upper()
 dg.Linear("weight", bias="bias").weight.no_such_attribute
 dg.m_grouped_gemm_fp8_fp8_bf16_nt_masked((1, 2), (3, 4), 5, 6.0)
+dg.set_num_sms(66.0)
+dg.select_config(64, 256, 512.0)
 """
 
 
@@ -106,5 +111,5 @@ def test_a_users_file_type_checks(tmp_path: pathlib.Path) -> None:
 def test_a_users_mistakes_are_found(tmp_path: pathlib.Path) -> None:
     done = check(MISTAKES, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    for line in (4, 5, 6, 7, 8, 9):
+    for line in (4, 5, 6, 7, 8, 9, 10, 11):
         assert f"users_file.py:{line}: error" in done.stdout
