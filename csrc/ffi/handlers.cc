@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <iterator>
 #include <memory>
 #include <mutex>
@@ -17,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "csrc/ffi/buffers.h"
 #include "csrc/ffi/guard.h"
 #include "csrc/ffi/plan.h"
 #include "csrc/gemm/config.h"
@@ -132,7 +132,13 @@ class GemmState {
                                  memory_gbs > 0 ? memory_gbs : kH100MemoryGbs};
     std::optional<GemmConfig> config;
     if (attributes_.block_m != 0) {
-      const auto narrow = [](int64_t value) { return static_cast<int>(value); };
+      const auto narrow = [](int64_t value) {
+        if (value != static_cast<int>(value)) {
+          throw Error(ErrorCode::kInvalidArgument,
+                      "config: " + std::to_string(value) + " does not fit into 32 bits");
+        }
+        return static_cast<int>(value);
+      };
       config = GemmConfig{narrow(attributes_.block_m),    narrow(attributes_.block_n),
                           narrow(attributes_.num_stages), narrow(attributes_.math_warpgroups),
                           narrow(attributes_.cluster_m),  narrow(attributes_.cluster_n),
@@ -147,11 +153,7 @@ class GemmState {
 
   // Makes `device` ready to execute; cheap once it is.
   void Prepare(int32_t device) {
-    if (device < 0 || device >= jit::Kernel::kMaxDevices) {
-      throw Error(ErrorCode::kUnimplemented, "device ordinal " + std::to_string(device) +
-                                                 " is not below " +
-                                                 std::to_string(jit::Kernel::kMaxDevices));
-    }
+    jit::Kernel::CheckOrdinal(device);
     if (plans_[device].load(std::memory_order_acquire) != nullptr) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     if (plans_[device].load(std::memory_order_relaxed) != nullptr) return;
@@ -257,24 +259,6 @@ CUtensorMap Encode(const jit::Driver& driver, const TensorMapSpec& spec, const v
   return map;
 }
 
-// The lowering rules see to this; a custom call written by hand may not.
-void Check(const xffi::AnyBuffer& buffer, const char* name, xffi::DataType type,
-           std::initializer_list<int64_t> dimensions) {
-  if (buffer.element_type() != type) {
-    throw Error(ErrorCode::kInvalidArgument, std::string(name) + " has the wrong element type");
-  }
-  const auto found = buffer.dimensions();
-  if (!std::equal(found.begin(), found.end(), dimensions.begin(), dimensions.end())) {
-    const auto list = [](const auto& sizes) {
-      std::string text;
-      for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
-      return "[" + text + "]";
-    };
-    throw Error(ErrorCode::kInvalidArgument,
-                std::string(name) + " must be " + list(dimensions) + ", got " + list(found));
-  }
-}
-
 // The arrays that say which row goes with which group, behind the four that every op has.
 class GroupArrays {
  public:
@@ -288,24 +272,18 @@ class GroupArrays {
 
   // The int32 array at `index`; `size` -1 takes any.
   const int* get(size_t index, const char* name, int64_t size) const {
-    const xffi::AnyBuffer array = buffer(index);
+    const xffi::AnyBuffer array = RemainingArgument(arrays_, index);
     if (size < 0 && array.dimensions().size() == 1) size = array.dimensions()[0];
-    Check(array, name, xffi::DataType::S32, {size});
+    CheckBuffer(array, name, xffi::DataType::S32, {size});
     return static_cast<const int*>(array.untyped_data());
   }
 
   int64_t size(size_t index) const {
-    const xffi::AnyBuffer array = buffer(index);
+    const xffi::AnyBuffer array = RemainingArgument(arrays_, index);
     return array.dimensions().size() == 1 ? array.dimensions()[0] : 0;
   }
 
  private:
-  xffi::AnyBuffer buffer(size_t index) const {
-    const xffi::ErrorOr<xffi::AnyBuffer> array = arrays_.get<xffi::AnyBuffer>(index);
-    if (array.has_error()) throw Error(ErrorCode::kInvalidArgument, array.error().message());
-    return *array;
-  }
-
   const xffi::RemainingArgs& arrays_;
 };
 
@@ -344,19 +322,19 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     const DevicePlan& plan = state->plan(device);
     const GemmProblem& problem = plan.problem;
     const int64_t k_blocks = KBlocks(problem);
-    // Programs that version 0.1.0 exported pad SFA to a multiple of 4 rows.
+    // Programs that were exported before kernels took any m pad SFA to a multiple of 4 rows.
     const int64_t padded_m = CeilDiv(problem.m, 4) * 4;
     const int64_t sfa_pitch =
         sfa.dimensions().size() == 2 && sfa.dimensions()[0] == padded_m ? padded_m : problem.m;
     const auto type = [](Fp8 fp8) {
       return fp8 == Fp8::kE4M3 ? xffi::DataType::F8E4M3FN : xffi::DataType::F8E5M2;
     };
-    Check(a, "a", type(problem.a_type), {problem.m, problem.k});
-    Check(b, "b", type(problem.b_type), {problem.num_groups * problem.n, problem.k});
-    Check(sfa, "sfa", xffi::DataType::F32, {sfa_pitch, k_blocks});
-    Check(sfb, "sfb", xffi::DataType::F32,
-          {problem.num_groups * CeilDiv(problem.n, 128), k_blocks});
-    Check(*d, "d", xffi::DataType::BF16, {problem.m, problem.n});
+    CheckBuffer(a, "a", type(problem.a_type), {problem.m, problem.k});
+    CheckBuffer(b, "b", type(problem.b_type), {problem.num_groups * problem.n, problem.k});
+    CheckBuffer(sfa, "sfa", xffi::DataType::F32, {sfa_pitch, k_blocks});
+    CheckBuffer(sfb, "sfb", xffi::DataType::F32,
+                {problem.num_groups * CeilDiv(problem.n, 128), k_blocks});
+    CheckBuffer(*d, "d", xffi::DataType::BF16, {problem.m, problem.n});
     KernelParams params = {};
     SetGroups(problem, group_arrays, state->attributes().fill_zero != 0, params);
     // No launch would be an empty graph, if this were captured; but XLA folds operations without

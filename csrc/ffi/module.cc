@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/ffi/bindings.h"
 #include "csrc/ffi/handlers.h"
 #include "csrc/ffi/jit_bindings.h"
 #include "csrc/ffi/plan.h"
@@ -89,23 +90,18 @@ CostModel ToCostModel(const nb::dict& constants) {
   return model;
 }
 
-template <typename Pointer>
-nb::capsule Capsule(Pointer* pointer) {
-  return nb::capsule(reinterpret_cast<void*>(pointer));
-}
-
 void BindGemm(nb::module_& m) {
   m.def("gemm_handlers", [] {
     nb::dict bundle;
-    bundle["instantiate"] = Capsule(GemmInstantiate());
-    bundle["initialize"] = Capsule(GemmInitialize());
-    bundle["execute"] = Capsule(GemmExecute());
+    bundle["instantiate"] = ToCapsule(GemmInstantiate());
+    bundle["initialize"] = ToCapsule(GemmInitialize());
+    bundle["execute"] = ToCapsule(GemmExecute());
     return bundle;
   });
   m.def("gemm_state_type", [] {
     nb::dict type;
-    type["type_id"] = Capsule(GemmStateTypeId());
-    type["type_info"] = Capsule(GemmStateTypeInfo());
+    type["type_id"] = ToCapsule(GemmStateTypeId());
+    type["type_info"] = ToCapsule(GemmStateTypeInfo());
     return type;
   });
   m.attr("GEMM_TARGET") = kGemmTarget;
@@ -150,14 +146,7 @@ void BindGemm(nb::module_& m) {
   });
   m.def("kernel_source", [](const ProblemFields& fields, const ConfigFields& config_fields) {
     const GemmProblem problem = ToProblem(fields);
-    const jit::KernelSource source =
-        GemmSource(problem, PlanGemm(problem, FromFields(config_fields)));
-    nb::dict headers;
-    for (const jit::NamedText& file : source.headers) {
-      headers[nb::str(file.name.data(), file.name.size())] =
-          nb::str(file.text.data(), file.text.size());
-    }
-    return nb::make_tuple(source.text, headers);
+    return ToTuple(GemmSource(problem, PlanGemm(problem, FromFields(config_fields))));
   });
 }
 

@@ -15,7 +15,10 @@ jit::KernelSource GemmSource(const GemmProblem& problem, const GemmConfig& confi
   source.name = source.entry = KernelName(problem, config);
   const jit::Environment& environment = jit::GetEnvironment();
   source.text = KernelText(problem, config, {environment.racecheck, environment.stream_only});
-  for (const KernelFile& file : KernelFiles()) source.headers.push_back({file.name, file.text});
+  // Without the quantisers': a change to them is no reason to compile a GEMM again.
+  for (const KernelFile& file : KernelFiles()) {
+    if (file.name.rfind("quantize", 0) != 0) source.headers.push_back({file.name, file.text});
+  }
   return source;
 }
 

@@ -4,11 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
+#include "csrc/ffi/buffers.h"
 #include "csrc/ffi/guard.h"
 #include "csrc/gemm/config.h"
 #include "csrc/jit/error.h"
@@ -100,35 +101,15 @@ xffi::DataType ToDataType(FloatType type) {
                                    : xffi::DataType::F32;
 }
 
-// A buffer's memory; throws Error unless it has this type and these sizes. The lowering rules see
-// to that; a custom call written by hand may not.
+// A buffer's memory; throws Error unless it has this type and these sizes.
 void* Data(const xffi::AnyBuffer& buffer, const char* name, xffi::DataType type,
-           const std::vector<int64_t>& dimensions) {
-  if (buffer.element_type() != type) {
-    throw Error(ErrorCode::kInvalidArgument, std::string(name) + " has the wrong element type");
-  }
-  const auto found = buffer.dimensions();
-  const std::vector<int64_t> sizes(found.begin(), found.end());
-  const auto list = [](const std::vector<int64_t>& sizes) {
-    std::string text;
-    for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
-    return "[" + text + "]";
-  };
-  if (sizes != dimensions) {
-    throw Error(ErrorCode::kInvalidArgument,
-                std::string(name) + " must be " + list(dimensions) + ", got " + list(sizes));
-  }
+           std::initializer_list<int64_t> dimensions) {
+  CheckBuffer(buffer, name, type, dimensions);
   void* const data = buffer.untyped_data();
   if (reinterpret_cast<std::uintptr_t>(data) % 16 != 0) {
     throw Error(ErrorCode::kInternal, std::string(name) + " is not aligned to 16 bytes");
   }
   return data;
-}
-
-xffi::AnyBuffer Argument(const xffi::RemainingArgs& arguments, size_t index) {
-  const xffi::ErrorOr<xffi::AnyBuffer> buffer = arguments.get<xffi::AnyBuffer>(index);
-  if (buffer.has_error()) throw Error(ErrorCode::kInvalidArgument, buffer.error().message());
-  return *buffer;
 }
 
 xffi::AnyBuffer Result(const xffi::RemainingRets& results, size_t index) {
@@ -156,7 +137,7 @@ xffi::Error Execute(CUstream stream, int32_t device, QuantizeState* state, xffi:
     params.x = Data(x, "x", ToDataType(p.input), {p.batch * p.rows, columns});
     if (p.num_sizes > 0) {
       params.sizes = static_cast<const int*>(
-          Data(Argument(sizes, 0), "sizes", xffi::DataType::S32, {p.batch * p.num_sizes}));
+          Data(RemainingArgument(sizes, 0), "sizes", xffi::DataType::S32, {p.batch * p.num_sizes}));
     }
     size_t index = 0;
     if (writes_rows(p.op)) {

@@ -14,8 +14,8 @@ namespace dg::ffi {
 inline constexpr char kQuantizeTarget[] = "jax_deepgemm.quantize_fp8.v1";
 inline constexpr char kQuantizeStateType[] = "jax_deepgemm.QuantizeState";
 
-// A QuantizeProblem as integers, in the order of quantize_call.py's QuantizeProblem. ToProblem
-// throws Error where they describe none.
+// A QuantizeProblem as integers, in the order of quantize_call.py's QuantizeProblem.
+// ToQuantizeProblem throws Error where they describe none.
 using QuantizeFields = std::array<int64_t, 8>;
 QuantizeProblem ToQuantizeProblem(const QuantizeFields& fields);
 

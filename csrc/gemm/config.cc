@@ -90,6 +90,10 @@ std::string WhyUnsupported(const GemmProblem& problem) {
     return "num_groups * n must be at most " + std::to_string(kMax) + ", got " +
            std::to_string(problem.num_groups) + " * " + std::to_string(problem.n);
   }
+  if (problem.expected_m < 0) {
+    return "expected_m must not be negative, got " + std::to_string(problem.expected_m);
+  }
+  if (problem.expected_m > kMax) return limit("expected_m", problem.expected_m);
   if (problem.num_sms < 1) {
     return "num_sms must be at least 1, got " + std::to_string(problem.num_sms);
   }

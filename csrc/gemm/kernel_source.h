@@ -16,7 +16,7 @@ struct KernelFile {
   std::string_view text;
 };
 
-// Every file that gemm.cuh includes, itself among them (generated: cmake/embed_kernels.py).
+// Every file of csrc/kernels (generated: cmake/embed_kernels.py).
 const std::vector<KernelFile>& KernelFiles();
 
 // The kernel's name, also its symbol: what a profiler shows. For example

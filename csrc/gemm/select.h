@@ -13,7 +13,7 @@ namespace dg {
 // The configurations that selection chooses among, in a fixed order. All are legal.
 std::vector<GemmConfig> Candidates(const GemmProblem& problem);
 
-// The candidate with the lowest estimate; on a tie the first, which is the one with taller tiles.
+// The candidate with the lowest estimate; on a tie the first, which is the one with lower tiles.
 GemmConfig SelectConfig(const GemmProblem& problem);
 
 }  // namespace dg

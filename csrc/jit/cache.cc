@@ -154,8 +154,9 @@ std::shared_ptr<Cubin> ReadOrCompile(const KernelSource& source, const Compiler&
                                      const std::string& key) {
   if (GetEnvironment().cache_dir.empty()) {
     WarnOnce(
-        "no cache folder, because neither DG_CACHE_DIR nor HOME is set; compiled kernels are "
-        "kept in memory only");
+        "no cache folder, because DG_CACHE_DIR names none and the user has no home; compiled "
+        "kernels "
+        "are kept in memory only");
     return Compile(source, compiler);
   }
   const std::string folder = GetEnvironment().cache_dir + "/cache";

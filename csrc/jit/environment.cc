@@ -4,8 +4,9 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <string>
-#include <string_view>
+#include <system_error>
 
 namespace dg::jit {
 namespace {
@@ -28,17 +29,22 @@ std::string Home() {
   return entry == nullptr || entry->pw_dir == nullptr ? "" : entry->pw_dir;
 }
 
+bool StartsAtHome(const std::string& path) { return path == "~" || path.rfind("~/", 0) == 0; }
+
 // Expands "~" and "~/..."; "~user" is not supported and stays as it is.
 std::string ExpandHome(const std::string& path) {
-  const bool starts_at_home = path == "~" || path.rfind("~/", 0) == 0;
-  return starts_at_home ? Home() + path.substr(1) : path;
+  return StartsAtHome(path) ? Home() + path.substr(1) : path;
 }
 
 std::string CacheDir() {
-  const std::string given = ExpandHome(Variable("DG_CACHE_DIR"));
-  if (!given.empty()) return given;
-  const std::string home = Home();
-  return home.empty() ? "" : home + "/.jax_deepgemm";
+  std::string path = Variable("DG_CACHE_DIR");
+  if (path.empty()) path = "~/.jax_deepgemm";
+  // Without a home, "~/x" is not "/x".
+  if (StartsAtHome(path) && Home().empty()) return "";
+  // Where the process stands now, wherever it goes.
+  std::error_code error;
+  const std::filesystem::path absolute = std::filesystem::absolute(ExpandHome(path), error);
+  return error ? "" : absolute.string();
 }
 
 std::string TempDir() {
@@ -52,6 +58,7 @@ const Environment& GetEnvironment() {
   static const Environment environment = {
       /*cache_dir=*/CacheDir(),
       /*nvcc=*/ExpandHome(Variable("DG_NVCC_COMPILER")),
+      /*nvcc_flags=*/Variable("NVCC_PREPEND_FLAGS") + " " + Variable("NVCC_APPEND_FLAGS"),
       /*temp_dir=*/TempDir(),
       /*interleave=*/!Switch("DG_DISABLE_FFMA_INTERLEAVE"),
       /*ptxas_verbose=*/Switch("DG_PTXAS_VERBOSE"),

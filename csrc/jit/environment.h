@@ -1,4 +1,4 @@
-// The DG_* environment variables, read once per process and nowhere else.
+// The environment variables, read once per process and nowhere else.
 //
 // A switch is on for any value but "" and "0". Paths may start with "~".
 #pragma once
@@ -9,10 +9,13 @@ namespace dg::jit {
 
 // What the user asked for through the environment.
 struct Environment {
-  // DG_CACHE_DIR, default ~/.jax_deepgemm; empty when there is neither the variable nor a home.
+  // DG_CACHE_DIR, default ~/.jax_deepgemm, as an absolute path; empty when there is no such folder,
+  // for want of a home.
   std::string cache_dir;
   // DG_NVCC_COMPILER: path or name of an nvcc to use instead of NVRTC; empty means NVRTC.
   std::string nvcc;
+  // NVCC_PREPEND_FLAGS and NVCC_APPEND_FLAGS, which nvcc obeys.
+  std::string nvcc_flags;
   // Folder for NVCC's input and output files: TMPDIR, default /tmp.
   std::string temp_dir;
   // Whether the FFMA interleaver runs: unless DG_DISABLE_FFMA_INTERLEAVE is set.

@@ -1,7 +1,7 @@
-// The exception every host-side part of jax_deepgemm throws.
+// The exception that the host side of jax_deepgemm throws.
 //
-// csrc/jit and csrc/gemm throw it, csrc/ffi turns it into an XLA status or a Python exception; no
-// exception crosses the FFI boundary.
+// csrc/jit and csrc/ffi throw it, and csrc/ffi turns it into an XLA status or a Python exception;
+// no exception crosses the FFI boundary. csrc/gemm and csrc/quantize throw none: they say why.
 #pragma once
 
 #include <stdexcept>

@@ -72,12 +72,14 @@ Kernel::~Kernel() {
   if (result == CUDA_SUCCESS || result == CUDA_ERROR_DEINITIALIZED) --loaded_libraries;
 }
 
+void Kernel::CheckOrdinal(int device) {
+  if (device >= 0 && device < kMaxDevices) return;
+  throw Error(ErrorCode::kUnimplemented, "device ordinal " + std::to_string(device) +
+                                             " is not below " + std::to_string(kMaxDevices));
+}
+
 void Kernel::Prepare(int device) {
-  if (device < 0 || device >= kMaxDevices) {
-    throw Error(ErrorCode::kInvalidArgument, "device ordinal must be in 0.." +
-                                                 std::to_string(kMaxDevices - 1) + ", got " +
-                                                 std::to_string(device));
-  }
+  CheckOrdinal(device);
   const std::uint64_t bit = std::uint64_t{1} << device;
   if ((prepared_.load(std::memory_order_acquire) & bit) != 0) return;
 

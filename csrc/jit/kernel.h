@@ -35,6 +35,9 @@ class Kernel {
   Kernel(const Kernel&) = delete;
   Kernel& operator=(const Kernel&) = delete;
 
+  // Throws Error unless a device's ordinal is below kMaxDevices.
+  static void CheckOrdinal(int device);
+
   // Loads the code on a device and raises its shared-memory limit, so that launches, graph capture
   // included, load nothing. Idempotent and safe from many threads; one atomic load once prepared.
   // Throws Error, also when the device is no Hopper GPU.

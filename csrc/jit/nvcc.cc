@@ -85,6 +85,9 @@ Outcome Run(const std::vector<std::string>& command, const std::string& output_f
   }
   int status = 0;
   while (waitpid(child, &status, 0) < 0) {
+    // Where the process ignores SIGCHLD, or reaps all children, how this one ended is not known;
+    // what it was to make says it.
+    if (errno == ECHILD) break;
     if (errno != EINTR) {
       throw Error(ErrorCode::kInternal, "waitpid: " + std::string(std::strerror(errno)));
     }
@@ -115,7 +118,7 @@ class Nvcc : public Compiler {
     version_ = outcome.output.substr(
         begin, outcome.output.find_first_not_of("0123456789.", begin) - begin);
     path_ = path;
-    identity_ = "NVCC " + version_ + " " + Join(Options());
+    identity_ = "NVCC " + version_ + " " + Join(Options()) + " " + GetEnvironment().nvcc_flags;
   }
 
   Cubin Compile(const KernelSource& source) const override;
@@ -137,13 +140,14 @@ Cubin Nvcc::Compile(const KernelSource& source) const {
   command.insert(command.end(), {"-I" + include, "-o", output, input});
   if (GetEnvironment().print_command) Print(source.name + ": " + Join(command));
   const Outcome outcome = Run(command, folder.path() + "/log");
-  if (outcome.status != 0) {
+  std::optional<std::string> image = ReadFile(output);
+  if (outcome.status != 0 || !image) {
     throw Error(ErrorCode::kInternal, "nvcc: " + Describe(outcome.status) + " while compiling " +
                                           source.name + " with NVCC " + version_ + " (" + path_ +
                                           "):\n" + outcome.output);
   }
   Cubin cubin;
-  cubin.image = Read(output);
+  cubin.image = *std::move(image);
   cubin.log = outcome.output;
   cubin.compile_seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

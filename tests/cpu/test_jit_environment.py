@@ -1,14 +1,16 @@
-"""The DG_* environment variables: each one's meaning, its off values, and that it is read once."""
+"""The environment variables: each one's meaning, its off values, and that it is read once."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.jit_process import GEMM, nvrtc, reports, run, run_package
+from tests.jit_process import GEMM, ROOT, nvrtc, reports, run, run_package
 
 COMPILE = "report(compile())"
 
@@ -85,6 +87,57 @@ def test_cache_dir(cache_dir: str, expected: str, tmp_path: Path) -> None:
     folder = tmp_path / expected / "cache"
     assert Path(compiled["path"]) == next(iter(folder.iterdir()))
     assert Path(toolchain["cache_dir"]) == tmp_path / expected
+
+
+GROUPING_LOCALE = """
+#include <locale>
+struct Grouping : std::numpunct<char> {
+  char do_thousands_sep() const override { return ','; }
+  std::string do_grouping() const override { return "\\3"; }
+};
+extern "C" void group_digits() { std::locale::global(std::locale(std::locale(), new Grouping)); }
+"""
+
+
+def test_sources_do_not_follow_the_locale(tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler to make a locale with")
+    library = tmp_path / "locale.so"
+    (tmp_path / "locale.cc").write_text(GROUPING_LOCALE)
+    command = [compiler, "-shared", "-fPIC", "-o", str(library), str(tmp_path / "locale.cc")]
+    subprocess.run(command, check=True)
+    body = f"""
+import ctypes
+from jax_deepgemm import GemmConfig
+from jax_deepgemm.config import check_problem
+from jax_deepgemm.ffi import _native
+def sources():
+    problem = check_problem("test", 4096, 7168, 16384, num_sms=132)
+    config = GemmConfig(block_m=128, block_n=128, num_stages=5, raster_m=1024).fields
+    yield _native.kernel_name(problem, config), _native.kernel_source(problem, config)
+    yield _native.quantize_kernel_source((0, 0, 0, 0, 1, 1024, 1024, 0))
+before = list(sources())
+ctypes.CDLL({str(library)!r}).group_digits()
+print(list(sources()) == before)
+"""
+    assert run_package(body, tmp_path).stdout == "True\n"
+
+
+def test_relative_cache_dir_stays_where_it_is(tmp_path: Path) -> None:
+    # Seen from the folder that the process starts in, and still from another one.
+    relative = os.path.relpath(tmp_path / "kernels", ROOT)
+    body = "import os\nreport(compile('one'))\nos.chdir('/')\nreport(compile('two'))"
+    for result in reports(run(body, relative)):
+        assert Path(result["path"]).resolve().parent == tmp_path / "kernels" / "cache"
+
+
+def test_cache_dir_in_the_home_of_who_has_none(tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can become a user whom the password database does not know")
+    body = "import os\nos.setreuid(54321, 0)\ndel os.environ['HOME']\nreport(native.toolchain())"
+    (toolchain,) = reports(run(body, "~/kernels"))
+    assert toolchain["cache_dir"] == ""
 
 
 @pytest.mark.parametrize(
@@ -244,6 +297,29 @@ def test_key_covers_nvcc_and_its_version(fake_nvcc: Path, tmp_path: Path) -> Non
     assert [origin(), origin(**nvcc), origin(**nvcc)] == ["compiled", "compiled", "disk"]
     (fake_nvcc.parent / "version").write_text("13.0.89")
     assert origin(**nvcc) == "compiled"
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        assert [origin(**nvcc, **{name: "-G"}) for _ in range(2)] == ["compiled", "disk"]
+
+
+def test_nvcc_where_children_are_not_waited_for(fake_nvcc: Path, tmp_path: Path) -> None:
+    body = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n" + COMPILE
+    nvcc = {"DG_NVCC_COMPILER": str(fake_nvcc)}
+    (result,) = reports(run(body, tmp_path / "cache", **nvcc))
+    assert result["resources"]["registers"] == 77
+    # Then whether it made what it was to make is all that is known.
+    (fake_nvcc.parent / "scale.cubin").unlink()
+    failing = (
+        body.replace("report(compile())", "")
+        + """
+try:
+    compile("other")
+except RuntimeError as error:
+    print(error)
+"""
+    )
+    message = run(failing, tmp_path / "cache", **nvcc).stdout
+    assert message.startswith("nvcc: exit status 0 while compiling other")
+    assert "ptxas info    : Used 77 registers" in message
 
 
 def test_nvcc_error_has_the_log(tmp_path: Path) -> None:
