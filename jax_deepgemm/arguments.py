@@ -1,4 +1,4 @@
-"""What public functions share about their arguments: how they are checked, and two defaults."""
+"""What public functions share about their arguments: how they are checked, and GPUs they mean."""
 
 import operator
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 H100_SMS = 132  # streaming multiprocessors of an H100 or H200 SXM module
-H100_MEMORY_GBS = 3352  # peak rate of an H100 SXM's memory, GB/s; an H200's is 4916
+H100_MEMORY_GBS = 3352  # peak rate of an H100 SXM's memory, GB/s, as its driver says
+H200_MEMORY_GBS = 4814  # of an H200's
 
 
 def integer(function: str, argument: str, value: Any, *, bits: int) -> int:

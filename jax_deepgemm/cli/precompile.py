@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax_deepgemm
 from jax_deepgemm import GemmConfig
-from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS
+from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS, H200_MEMORY_GBS
 from jax_deepgemm.cli import tables
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, SHAPES_HELP, Shape, parse_count, parse_shapes
 from jax_deepgemm.config import check_problem
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-gbs",
         type=parse_count,
         default=H100_MEMORY_GBS,
-        help=f"peak rate of its memory, GB/s ({H100_MEMORY_GBS}; an H200's is 4916)",
+        help=f"peak rate of its memory, GB/s ({H100_MEMORY_GBS}; {H200_MEMORY_GBS} for an H200)",
     )
     parser.add_argument("--jobs", type=parse_count, help="compiler threads (the CPU count)")
 

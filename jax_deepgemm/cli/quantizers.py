@@ -27,7 +27,6 @@ ENTRY_FIELDS = ("op", "form", "groups", "m", "k", "dtype")  # which say what it 
 END_TO_END_FIELDS = ("op", "m", "n", "k")
 
 COPY_BYTES = 2**30
-WANTED_COPY_FRACTION = 0.8
 # e4m3 keeps 3 bits: rounding normals gives 0.026.
 MAX_CAST_ERROR = 0.03
 MAX_LAYER_ERROR = 0.05

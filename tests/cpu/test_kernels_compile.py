@@ -20,6 +20,7 @@ import pytest
 
 import jax_deepgemm
 from jax_deepgemm import ffi
+from jax_deepgemm.arguments import H100_MEMORY_GBS, H100_SMS, H200_MEMORY_GBS
 from jax_deepgemm.cli.shapes import NAMED_SHAPES, Shape
 
 # Those and dense ones whose last row of tiles is lower than the others.
@@ -29,8 +30,8 @@ SHAPES = (
     *(Shape.dense(m, 7168, 2048) for m in (72, 200, 1000)),
 )
 
-# H100 SXM and H200, H100 PCIe, H20.
-NUM_SMS = (132, 114, 78)
+# SMs and memory rates: H100 SXM, H200, H100 PCIe, H20.
+GPUS = ((H100_SMS, H100_MEMORY_GBS), (H100_SMS, H200_MEMORY_GBS), (114, 2039), (78, 4023))
 
 # What one block may have on sm_90: 228 KiB of an SM less the 1 KiB that the system keeps.
 MAX_SMEM_BYTES = 232_448
@@ -65,20 +66,22 @@ def label(kernel: Kernel) -> str:
 
 
 def selected() -> list[object]:
-    """Returns the kernel of every shape on every number of SMs, as pytest parameters."""
+    """Returns the kernel of every shape on every GPU, as pytest parameters."""
     return [
         pytest.param(
             Kernel(
                 shape.op,
                 shape.n,
                 shape.k,
-                jax_deepgemm.select_config(**shape.selection, num_sms=num_sms),
+                jax_deepgemm.select_config(
+                    **shape.selection, num_sms=num_sms, memory_gbs=memory_gbs
+                ),
                 num_sms,
                 shape.m if shape.op == "dense" else 1,
             ),
-            id=f"{shape}-sms{num_sms}",
+            id=f"{shape}-sms{num_sms}-gbs{memory_gbs}",
         )
-        for num_sms in NUM_SMS
+        for num_sms, memory_gbs in GPUS
         for shape in SHAPES
     ]
 
@@ -87,9 +90,9 @@ def sampled() -> list[object]:
     """Returns kernels of legal configurations, a fixed random spread of them, as parameters."""
     kernels = sorted(
         {
-            Kernel(shape.op, shape.n, shape.k, config, NUM_SMS[0])
+            Kernel(shape.op, shape.n, shape.k, config, H100_SMS)
             for shape in SHAPES
-            for config in jax_deepgemm.legal_configs(**shape.selection, num_sms=NUM_SMS[0])
+            for config in jax_deepgemm.legal_configs(**shape.selection, num_sms=H100_SMS)
         },
         key=repr,
     )

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import jax_deepgemm
+from jax_deepgemm import device
 from jax_deepgemm.cli import bench, moe
 from jax_deepgemm.cli.harness import Candidate, is_good, measure
 from jax_deepgemm.cli.problem import random_problem
@@ -17,12 +18,9 @@ PEAK_GBS = 4800  # HBM3e of an H200, datasheet
 
 
 def candidates(shapes: list[Shape]) -> list[Candidate]:
-    num_sms = jax_deepgemm.get_num_sms()
+    gpu = device.selection()
     return [
-        Candidate(
-            random_problem(shape, seed),
-            jax_deepgemm.select_config(**shape.selection, num_sms=num_sms),
-        )
+        Candidate(random_problem(shape, seed), jax_deepgemm.select_config(**shape.selection, **gpu))
         for seed, shape in enumerate(shapes)
     ]
 
