@@ -1,4 +1,4 @@
-"""What the README says is so: its example runs, its numbers are the measured ones, its links lead
+"""What the README says is so: its example runs, its tables are the measured ones, its links lead
 somewhere, and it prints both commands."""
 
 import json
