@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 RESULTS = "benchmarks/results/h100.json"
 VARIABLES = sorted(set(re.findall("DG_[A-Z_]+", (ROOT / "csrc/jit/environment.cc").read_text())))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 # Appended to the example: its result is the product that it says it is, but for the rounding of
 # both operands to FP8 (a few percent of each value).
@@ -52,9 +53,24 @@ def test_table_is_the_measured_one() -> None:
     assert found[1] == expected, f"the README's tables must be what `{command}` prints"
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_link_leads_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+def links(page: pathlib.Path) -> list[tuple[str, str]]:
+    """The files, "" for the page itself, and sections that it links to."""
+    return re.findall(r"\]\(([^)#:]*)#?([^)#:]*)\)", page.read_text())
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """What GitHub calls the sections of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: pathlib.Path) -> None:
+    assert links(page)
+    for file, section in links(page):
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not section or section in anchors(target), f"{file}#{section}"
 
 
 @pytest.mark.parametrize("ending", ["-m jax_deepgemm", "-m pytest"])

@@ -48,12 +48,16 @@ def test_gpu_without_a_known_roof(rows: list[dict[str, Any]]) -> None:
     assert len(axes.collections) == len(rows)
 
 
-def test_results_are_under_the_roof() -> None:
+@pytest.mark.parametrize("gpu", roofline.ROOFS)
+def test_results_are_under_the_roof(gpu: str) -> None:
     # What is published cannot be faster than what was measured as the limit.
-    (axes,) = roofline.roofline_figure(json.loads(RESULTS.read_text())).axes
+    document = json.loads((RESULTS.parent / f"{gpu}.json").read_text())
+    bandwidth, peak = roofline.ROOFS[gpu]
+    (axes,) = roofline.roofline_figure(document).axes
+    assert sum(len(points.get_offsets()) for points in axes.collections) == len(document["rows"])
     for points in axes.collections:
         for x, y in points.get_offsets():
-            assert y < min(1575, 3.1 * x)
+            assert y < min(peak, bandwidth * x)
 
 
 def test_command_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
