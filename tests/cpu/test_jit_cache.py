@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -246,42 +247,41 @@ if os.getuid() == 0:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Iterator[Path]:
-    """The working folder of a process that has a cache in `.`, which AS_USER can enter."""
-    folder = tmp_path / "shared"
-    (folder / "cache").mkdir(parents=True)
-    folder.chmod(0o755)
-    (folder / "cache").chmod(0o777)
-    yield folder
-    (folder / "cache").chmod(0o777)  # So that pytest can remove it.
+def shared() -> Iterator[Path]:
+    """A cache folder that AS_USER can enter, as pytest's own it cannot."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        (folder / "cache").mkdir()
+        folder.chmod(0o755)
+        (folder / "cache").chmod(0o777)
+        yield folder
+        (folder / "cache").chmod(0o777)  # So that it can be removed.
 
 
 def test_read_only_cache_serves_hits_and_warns_of_a_miss(shared: Path) -> None:
-    enter = f"import os; os.chdir({str(shared)!r})\n"
-    run(enter + "compile('known')", ".")
+    run("compile('known')", shared)
     (shared / "cache").chmod(0o555)
-    body = enter + AS_USER + "for name in ('known', 'one', 'two', 'one'): report(compile(name))"
-    done = run(body, ".")
+    body = AS_USER + "for name in ('known', 'one', 'two', 'one'): report(compile(name))"
+    done = run(body, shared)
     results = reports(done)
     assert [result["origin"] for result in results] == ["disk", "compiled", "compiled", "memory"]
     assert {result["path"] for result in results[1:]} == {""}
     (warning,) = done.stderr.splitlines()
-    assert warning.startswith("jax_deepgemm: warning: cannot write ./cache/one-")
+    assert warning.startswith(f"jax_deepgemm: warning: cannot write {shared}/cache/one-")
     assert warning.endswith(".cubin: Permission denied; compiled kernels are kept in memory only")
 
 
 def test_kernel_that_cannot_be_locked_is_stored_with_a_warning(shared: Path) -> None:
     # Another user's process died and left its lock file behind.
-    enter = f"import os; os.chdir({str(shared)!r})\n"
-    run(enter + COMPILE, ".")
+    run(COMPILE, shared)
     file = only_file(shared)
     file.unlink()
     lock_file = Path(f"{file}.lock")
     lock_file.touch(mode=0o444)
-    done = run(enter + AS_USER + COMPILE, ".")
-    assert reports(done)[0]["path"] == f"./cache/{file.name}"
+    done = run(AS_USER + COMPILE, shared)
+    assert reports(done)[0]["path"] == str(file)
     assert done.stderr == (
-        f"jax_deepgemm: warning: cannot lock ./cache/{lock_file.name}: Permission denied; "
+        f"jax_deepgemm: warning: cannot lock {lock_file}: Permission denied; "
         "several processes may compile the same kernel\n"
     )
     assert files(shared) == [file, lock_file]
