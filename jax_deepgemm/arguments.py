@@ -1,4 +1,4 @@
-"""What public functions share about their arguments: how they are checked, and GPUs they mean."""
+"""What public functions share about their arguments: how they are checked, and two GPUs."""
 
 import operator
 from typing import Any

@@ -322,7 +322,7 @@ xffi::Error Execute(CUstream stream, int32_t device, GemmState* state, xffi::Any
     const DevicePlan& plan = state->plan(device);
     const GemmProblem& problem = plan.problem;
     const int64_t k_blocks = KBlocks(problem);
-    // Programs that were exported before kernels took any m pad SFA to a multiple of 4 rows.
+    // Older exported programs (tests/data) pad SFA to a multiple of 4 rows.
     const int64_t padded_m = CeilDiv(problem.m, 4) * 4;
     const int64_t sfa_pitch =
         sfa.dimensions().size() == 2 && sfa.dimensions()[0] == padded_m ? padded_m : problem.m;

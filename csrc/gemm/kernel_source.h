@@ -2,6 +2,7 @@
 // csrc/ffi hands it to the JIT.
 #pragma once
 
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,6 +19,9 @@ struct KernelFile {
 
 // Every file of csrc/kernels (generated: cmake/embed_kernels.py).
 const std::vector<KernelFile>& KernelFiles();
+
+// For names and source text, which must not follow the process' locale: 2112, not 2,112.
+std::ostringstream SourceStream();
 
 // The kernel's name, also its symbol: what a profiler shows. For example
 // "dg_gemm_fp8_bf16_dense_n2112_k7168_64x64_s12_w1_c1x1x4_r8". Dense kernels for an m that is more

@@ -155,8 +155,7 @@ std::shared_ptr<Cubin> ReadOrCompile(const KernelSource& source, const Compiler&
   if (GetEnvironment().cache_dir.empty()) {
     WarnOnce(
         "no cache folder, because DG_CACHE_DIR names none and the user has no home; compiled "
-        "kernels "
-        "are kept in memory only");
+        "kernels are kept in memory only");
     return Compile(source, compiler);
   }
   const std::string folder = GetEnvironment().cache_dir + "/cache";

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <sstream>
 #include <string>
 
 #include "csrc/gemm/config.h"
@@ -93,21 +94,20 @@ int64_t GridSize(const QuantizeProblem& problem, int64_t num_sms) {
 }
 
 std::string KernelName(const QuantizeProblem& problem) {
-  std::string name = "dg_" + std::string(kOpNames[Index(problem.op)]) + "_" +
-                     kInputNames[Index(problem.input)] + "_" + kOutputNames[Index(problem.output)] +
-                     "_g" + std::to_string(TileGroups(problem));
-  if (problem.power_of_two) name += "_pow2";
-  if (problem.num_sizes > 0) name += "_sizes";
-  if (!HasVectorColumns(problem)) name += "_oddk";
-  if (!HasVectorRows(problem)) name += "_oddm";
-  return name;
+  std::ostringstream name = SourceStream();
+  name << "dg_" << kOpNames[Index(problem.op)] << "_" << kInputNames[Index(problem.input)] << "_"
+       << kOutputNames[Index(problem.output)] << "_g" << TileGroups(problem)
+       << (problem.power_of_two ? "_pow2" : "") << (problem.num_sizes > 0 ? "_sizes" : "")
+       << (HasVectorColumns(problem) ? "" : "_oddk") << (HasVectorRows(problem) ? "" : "_oddm");
+  return name.str();
 }
 
 jit::KernelSource QuantizeSource(const QuantizeProblem& problem) {
-  std::string text = "namespace dg::config {\n";
+  std::ostringstream text = SourceStream();
   const auto constant = [&](const char* name, int value) {
-    text += "constexpr int " + std::string(name) + " = " + std::to_string(value) + ";\n";
+    text << "constexpr int " << name << " = " << value << ";\n";
   };
+  text << "namespace dg::config {\n";
   constant("kOp", Index(problem.op));
   constant("kInput", Index(problem.input));
   constant("kOutput", Index(problem.output));
@@ -117,16 +117,13 @@ jit::KernelSource QuantizeSource(const QuantizeProblem& problem) {
   constant("kVectorColumns", HasVectorColumns(problem));
   constant("kVectorRows", HasVectorRows(problem));
   constant("kMinBlocks", MinBlocks(problem));
-  text +=
-      "}  // namespace dg::config\n\n"
-      "#define DG_KERNEL_NAME " +
-      KernelName(problem) +
-      "\n"
-      "#include \"quantize.cuh\"\n";
+  text << "}  // namespace dg::config\n\n"
+       << "#define DG_KERNEL_NAME " << KernelName(problem) << "\n"
+       << "#include \"quantize.cuh\"\n";
 
   jit::KernelSource source;
   source.name = source.entry = KernelName(problem);
-  source.text = text;
+  source.text = text.str();
   // These alone: a changed GEMM is no reason to compile a quantiser again.
   for (const KernelFile& file : KernelFiles()) {
     if (file.name == "quantize.cuh" || file.name == "quantize_params.h" || file.name == "ptx.cuh") {

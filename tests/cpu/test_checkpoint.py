@@ -412,9 +412,6 @@ def test_other_arrays(tmp_path: pathlib.Path, array: Any) -> None:
     assert bits(Checkpoint(tmp_path).read("x")) == bits(array)
 
 
-# --- Powers of two -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize(
     "array",
@@ -436,6 +433,9 @@ def test_64_bits_are_never_cut_off(
         assert bits(opened.read("counts")) == bits(array)
         with jax.enable_x64(True):
             assert bits(opened.load("counts", sharding=sharding)) == bits(array)
+
+
+# --- Powers of two -------------------------------------------------------------------------------
 
 
 def test_ue8m0_scales_come_back_as_float32(tmp_path: pathlib.Path, mesh: jax.sharding.Mesh) -> None:

@@ -30,8 +30,8 @@ SHAPES = (
     *(Shape.dense(m, 7168, 2048) for m in (72, 200, 1000)),
 )
 
-# SMs and memory rates: H100 SXM, H200, H100 PCIe, H20.
-GPUS = ((H100_SMS, H100_MEMORY_GBS), (H100_SMS, H200_MEMORY_GBS), (114, 2039), (78, 4023))
+# SMs and memory rates: H100 SXM, H200; and by datasheets, rounded, H100 PCIe, H20.
+GPUS = ((H100_SMS, H100_MEMORY_GBS), (H100_SMS, H200_MEMORY_GBS), (114, 2000), (78, 4000))
 
 # What one block may have on sm_90: 228 KiB of an SM less the 1 KiB that the system keeps.
 MAX_SMEM_BYTES = 232_448
